@@ -1,0 +1,132 @@
+"""The Jacobian between the active latents of the two SAEs of a pair, in closed form.
+
+    f_s = e_y . f . d_x . topk_k                    the MLP as a map from input latents to output latents
+    J[i, j] = d f_s,i / d s_x,j                     non-zero for active i and j only: at most k_out x k_in a token
+
+With slopes `sum_t weight_t diag(slope_t) W_out` for the MLP's own derivative (one term for a plain MLP, two for a gated
+one; see `FrozenMLP.forward_with_slopes`),
+
+    J = W_enc_y[active]^T W_out^T  [sum_t diag(slope_t) weight_t^T]  W_dec_x[active]^T      (Farnik et al., section 4.2)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from jsae_lightning import kernels
+from jsae_lightning.errors import UserError
+from jsae_lightning.frozen_mlp import FrozenMLP, Slopes
+from jsae_lightning.sae import Latents, SAEPair, TopKSAE
+
+JACOBIAN_AT = ("input", "reconstruction")
+
+
+@dataclass(frozen=True)
+class Jacobian:
+    """The Jacobian of a batch of tokens, restricted to the latents that TopK chose."""
+
+    values: Float[Tensor, "tokens k_out k_in"]
+    """d f_s,i / d s_x,j; exactly 0 where either latent is inactive."""
+    indices_out: Int[Tensor, "tokens k_out"]
+    indices_in: Int[Tensor, "tokens k_in"]
+    active_out: Bool[Tensor, "tokens k_out"]
+    """False where TopK chose a latent whose value the ReLU set to 0."""
+    active_in: Bool[Tensor, "tokens k_in"]
+
+    @property
+    def active(self) -> Bool[Tensor, "tokens k_out k_in"]:
+        """Mask of the entries whose two latents are both active."""
+        return self.active_out[:, :, None] & self.active_in[:, None, :]
+
+
+def jacobian(pair: SAEPair, mlp: FrozenMLP, mlp_in: Float[Tensor, "tokens d_model"], at: str = "input") -> Jacobian:
+    """Return the Jacobian for each token.
+
+    `at="input"` linearises the MLP at the true x and takes the output latents of the true y = f(x), as the published
+    training does; `at="reconstruction"` is the formal definition: everything at x_hat, output latents of f(x_hat).
+    Gradients reach W_dec of the input SAE and W_enc of the output SAE, and at `reconstruction` also what x_hat
+    depends on. Raises UserError for any other `at`.
+    """
+    latents_in = pair.input_sae.encode(mlp_in)
+    point = linearization_point(pair, mlp_in, latents_in, at)
+    mlp_out, slopes = mlp.forward_with_slopes(point)
+    return jacobian_from_latents(pair, mlp, slopes, latents_in, pair.output_sae.encode(mlp_out))
+
+
+def linearization_point(
+    pair: SAEPair, mlp_in: Float[Tensor, "tokens d_model"], latents_in: Latents, at: str
+) -> Float[Tensor, "tokens d_model"]:
+    """Return x for `at="input"`, x_hat for `at="reconstruction"`; raise UserError otherwise."""
+    if at not in JACOBIAN_AT:
+        raise UserError(f"jacobian.at: '{at}' is not known: choose one of {', '.join(JACOBIAN_AT)}")
+    return mlp_in if at == "input" else pair.input_sae.decode(latents_in)
+
+
+def jacobian_from_latents(
+    pair: SAEPair, mlp: FrozenMLP, slopes: Slopes, latents_in: Latents, latents_out: Latents
+) -> Jacobian:
+    """Return the Jacobian from parts that the caller has at hand.
+
+    `slopes` are those of `mlp.forward_with_slopes`; the latents decide the rows and columns.
+    """
+    encoder_rows, rows_out_index = _used_rows(pair.output_sae.W_enc.T, latents_out.indices)
+    decoder_rows, rows_in_index = _used_rows(pair.input_sae.W_dec, latents_in.indices)
+    rows_out = (encoder_rows @ mlp.W_out.T).to(mlp.W_out.dtype)
+    terms = [
+        kernels.bilinear_rows(rows_out, slope, (decoder_rows @ weight).to(weight.dtype), rows_out_index, rows_in_index)
+        for weight, slope in slopes
+    ]
+    values = terms[0] if len(terms) == 1 else terms[0] + terms[1]
+    active = latents_out.active[:, :, None] & latents_in.active[:, None, :]
+    return Jacobian(
+        values=torch.where(active, values, 0.0),
+        indices_out=latents_out.indices,
+        indices_in=latents_in.indices,
+        active_out=latents_out.active,
+        active_in=latents_in.active,
+    )
+
+
+def _used_rows(rows: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Gather rows first when fewer are used than there are, so that a sentence does not project a whole dictionary."""
+    if indices.numel() >= rows.shape[0]:
+        return rows, indices
+    return rows[indices.flatten()], torch.arange(indices.numel(), device=indices.device).view_as(indices)
+
+
+def latent_map(
+    pair: SAEPair, mlp: FrozenMLP, mlp_in: Float[Tensor, " d_model"], at: str
+) -> tuple[Callable[[Tensor], Tensor], Float[Tensor, " d_sae"]]:
+    """Return f_s for one token as a function of the dense input latents, and the point s_x at which to differentiate.
+
+    At `reconstruction` it is e_y(f(d_x(s))); at `input` e_y(f(x + d_x(s) - d_x(s_x))), whose value at s_x is the
+    true output latents. Plain dense torch, independent of the closed form: for `torch.func.jacrev` and for studies
+    of how linear f_s is.
+    """
+    point = _dense_topk(pair.input_sae, mlp_in)
+    chosen = (point > 0).to(point.dtype)  # the topk_k of f_s: no derivative with respect to the other latents
+    decoder = pair.input_sae
+    offset = mlp_in - point @ decoder.W_dec if at == "input" else decoder.b_dec
+
+    def output_latents(latents: Tensor) -> Tensor:
+        return _dense_topk(pair.output_sae, mlp((latents * chosen @ decoder.W_dec + offset)[None])[0])
+
+    return output_latents, point
+
+
+def _dense_topk(sae: TopKSAE, x: Tensor) -> Tensor:
+    pre_activations = (x - sae.b_dec if sae.subtract_b_dec else x) @ sae.W_enc + sae.b_enc
+    chosen = pre_activations.topk(sae.k).indices
+    mask = torch.zeros_like(pre_activations).index_fill(-1, chosen, 1.0)
+    return pre_activations.relu() * mask
+
+
+def jacobian_reference(
+    pair: SAEPair, mlp: FrozenMLP, mlp_in: Float[Tensor, " d_model"], at: str = "input"
+) -> Float[Tensor, "d_sae_out d_sae_in"]:
+    """Return one token's whole Jacobian by automatic differentiation of f_s: the check on the closed form."""
+    function, point = latent_map(pair, mlp, mlp_in, at)
+    return torch.func.jacrev(function)(point)

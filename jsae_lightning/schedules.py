@@ -1,0 +1,22 @@
+"""Schedules as pure functions of the number of completed optimizer steps."""
+
+
+def lr_factor(step: int, total_steps: int, warmup_fraction: float, decay_fraction: float) -> float:
+    """Return the share of the peak learning rate that optimizer step number `step` (from 0) uses.
+
+    Linear from 0 over the first `warmup_fraction` of the steps (step 0 uses 1/warmup steps, so that no step is wasted),
+    constant, linear to 0 over the last `decay_fraction` (the last step uses 1/decay steps). Farnik et al., appendix.
+    """
+    warmup, decay = round(total_steps * warmup_fraction), round(total_steps * decay_fraction)
+    rising = (step + 1) / warmup if warmup else 1.0
+    falling = (total_steps - step) / decay if decay else 1.0
+    return max(0.0, min(1.0, rising, falling))
+
+
+def coef_factor(step: int, total_steps: int, warmup_fraction: float) -> float:
+    """Return the share of the final penalty weight that optimizer step number `step` (from 0) uses.
+
+    step / (warmup_fraction * total_steps), at most 1: exactly 0 at the first step. Farnik et al., appendix.
+    """
+    warmup = round(total_steps * warmup_fraction)
+    return min(1.0, step / warmup) if warmup else 1.0

@@ -1,0 +1,45 @@
+"""Text that every machine has: the sources of Python's standard library.
+
+A file belongs to the held-out split by a hash of its name alone, so the language model, the SAEs and every
+later run agree on which files nobody trains on, whatever the Python version.
+"""
+
+import hashlib
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+HELD_OUT_ONE_IN = 20
+_NOT_STANDARD_LIBRARY = {"site-packages", "dist-packages", "__pycache__"}
+
+
+def stdlib_root() -> Path:
+    """Return the folder that holds the running interpreter's standard library."""
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def is_held_out(name: str) -> bool:
+    """Say whether the file called `name` (posix path below the library's root) is never trained on.
+
+    sha256(name) mod 20 == 0: about 5 % of the files.
+    """
+    digest = hashlib.sha256(name.encode()).digest()
+    return int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0
+
+
+def stdlib_documents(*, held_out: bool) -> Iterator[tuple[str, str]]:
+    """Yield (name, text) of each source file of one split, in the order of the names.
+
+    Files that are not UTF-8 (the library tests odd encodings) or are empty are left out.
+    """
+    root = stdlib_root()
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        if _NOT_STANDARD_LIBRARY.intersection(name.split("/")) or is_held_out(name) != held_out:
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (UnicodeDecodeError, OSError):
+            continue
+        if text.strip():
+            yield name, text

@@ -1,0 +1,32 @@
+"""Learning rate and penalty weight as functions of the optimizer step."""
+
+import pytest
+
+from jsae_lightning.schedules import coef_factor, lr_factor
+
+
+def test_lr_by_hand():
+    """100 steps, 10 % warm-up, 20 % decay."""
+    factors = [lr_factor(step, 100, 0.1, 0.2) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9] == factors[50] == factors[80] == 1.0
+    assert factors[90] == pytest.approx(0.5)
+    assert factors[99] == pytest.approx(0.05)
+    assert lr_factor(100, 100, 0.1, 0.2) == 0
+
+
+def test_lr_without_warmup_or_decay_is_constant():
+    assert {lr_factor(step, 7, 0, 0) for step in range(7)} == {1.0}
+
+
+def test_lr_rises_then_falls():
+    factors = [lr_factor(step, 1000, 0.01, 0.2) for step in range(1000)]
+    assert factors[:10] == sorted(factors[:10])
+    assert factors[800:] == sorted(factors[800:], reverse=True)
+
+
+def test_coef_by_hand():
+    """100 steps, 5 % warm-up: 0 at the first step, full from the sixth."""
+    factors = [coef_factor(step, 100, 0.05) for step in range(7)]
+    assert factors == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1, 1])
+    assert coef_factor(0, 100, 0) == 1
