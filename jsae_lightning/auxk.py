@@ -1,6 +1,5 @@
-"""AuxK: an auxiliary loss that gives dead latents a gradient (Gao et al. 2024, "Scaling and evaluating SAEs", A.2)."""
+"""AuxK: an auxiliary loss that gives dead latents a gradient (Gao et al. 2024, appendix A.2)."""
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -18,8 +17,8 @@ def auxk_loss(
     """Return how badly the k strongest dead latents of each token explain what the SAE leaves over.
 
     e = x - x_hat, detached;  e_hat = relu(topk_k(z restricted to dead latents)) W_dec, without b_dec, which x_hat
-    has used already;  loss = mean (e - e_hat)^2 over tokens and d_model, the unit of the main loss. Zero if no latent is
-    dead. With fewer than k dead latents all of them are used.
+    has used already;  loss = mean (e - e_hat)^2 over tokens and d_model, the unit of the main loss. Zero if no latent
+    is dead. With fewer than k dead latents all of them are used.
     """
     dead_indices = dead.nonzero()[:, 0]
     if dead_indices.numel() == 0:

@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """A mistake of the user's: its message is one line that names the key, file or tensor, what was found, and the remedy.
+    """A mistake of the user's: one line that names the key, file or tensor, what was found, and the remedy.
 
     The command line prints the message without a traceback and ends with exit code 2.
     """

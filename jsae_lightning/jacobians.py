@@ -11,6 +11,7 @@ one; see `FrozenMLP.forward_with_slopes`),
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,7 +22,8 @@ from jsae_lightning.errors import UserError
 from jsae_lightning.frozen_mlp import FrozenMLP, Slopes
 from jsae_lightning.sae import Latents, SAEPair, TopKSAE
 
-JACOBIAN_AT = ("input", "reconstruction")
+JacobianAt = Literal["input", "reconstruction"]
+JACOBIAN_AT: tuple[str, ...] = get_args(JacobianAt)
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ class TopKSAE(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(d_model))
 
     def encode(self, x: Float[Tensor, "tokens d_model"]) -> Latents:
-        """s = relu(topk_k((x [- b_dec]) W_enc + b_enc)); no gradient through the choice of the k."""
+        """S = relu(topk_k((x [- b_dec]) W_enc + b_enc)); no gradient through the choice of the k."""
         if self.subtract_b_dec:
             x = x - self.b_dec
         return Latents(*kernels.topk_encode(x, self.W_enc, self.b_enc, self.k))
@@ -77,7 +77,7 @@ class TopKSAE(nn.Module):
     @torch.no_grad()
     def normalize_decoder(self) -> None:
         """Scale every decoder row to norm 1, in place: to be called after every optimizer step."""
-        self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
+        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
 
     @torch.no_grad()
     def project_decoder_gradient(self) -> None:

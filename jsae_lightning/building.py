@@ -1,0 +1,220 @@
+"""Turn a checked configuration into an experiment: data module, LightningModule, trainer."""
+
+import logging
+import platform
+import warnings
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from jsae_lightning import __version__, kernels
+from jsae_lightning.architecture import Architecture, read_architecture
+from jsae_lightning.callbacks.checkpointing import AtomicCheckpointIO
+from jsae_lightning.checkpoint import find_checkpoint, portable_name, read_checkpoint, save_pair
+from jsae_lightning.config import build, check_widths, jacobian_coef, micro_batch_tokens, sae_widths, to_dict
+from jsae_lightning.data import ActivationDataModule
+from jsae_lightning.errors import UserError
+from jsae_lightning.module import JSAEModule
+from jsae_lightning.summary import final_metrics, print_summary, write_metrics_json
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Experiment:
+    """Everything that one run needs, built and checked."""
+
+    cfg: DictConfig
+    data: ActivationDataModule
+    module: JSAEModule
+    trainer: lightning.Trainer
+    checkpoint: Path | None
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.cfg.paths.output_dir)
+
+    def announce(self) -> None:
+        """Log what is about to happen and record the configuration with the loggers."""
+        log.info("run folder: %s", self.folder)
+        if self.checkpoint is not None:
+            log.info("going on from %s", self.checkpoint)
+        for logger in self.trainer.loggers:
+            if hasattr(logger, "log_config"):
+                logger.log_config(OmegaConf.to_yaml(self.cfg, resolve=True))
+            logger.log_hyperparams(
+                flatten({key: to_dict(self.cfg[key]) for key in ("model", "data", "sae", "jacobian", "optim")})
+            )
+
+    def fit(self) -> None:
+        """Train, from the checkpoint if there is one."""
+        self.trainer.fit(self.module, datamodule=self.data, ckpt_path=self.checkpoint)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the final figures of the run."""
+        return final_metrics(self.trainer)
+
+    def export(self) -> None:
+        """Write the pair to `sae_pair/`."""
+        save_pair(self.module.pair, self.folder / "sae_pair", metadata=self._metadata())
+
+    def report(self, metrics: dict[str, float]) -> None:
+        """Write `metrics.json` and print the summary table."""
+        write_metrics_json(self.folder / "metrics.json", metrics)
+        print_summary(metrics, self.folder)
+
+    def _metadata(self) -> dict[str, Any]:
+        assert self.module.mlp is not None
+        model = self.cfg.model
+        return {
+            "model": {
+                "name": portable_name(model.path or model.name),
+                "revision": model.revision,
+                "layer": model.layer,
+                "dtype": model.dtype,
+                "random_weights": model.random_weights,
+                "random_seed": model.random_seed,
+                "mlp_kind": self.module.mlp.kind,
+                "activation": self.module.mlp.activation,
+                "mlp_hash": self.module.mlp.weights_hash(),
+            },
+            "jacobian": dict(self.module.hparams["jacobian"]),
+            "data": to_dict(self.cfg.data),
+            "tokens_seen": int(self.module.tokens_seen),
+            "seed": self.cfg.seed,
+            "versions": {
+                "jsae_lightning": __version__,
+                "python": platform.python_version(),
+                **{
+                    name: version(name)
+                    for name in ("torch", "lightning", "transformers", "transformer-lens", "datasets")
+                },
+            },
+        }
+
+
+def build_experiment(cfg: DictConfig) -> Experiment:
+    """Build data module, LightningModule and trainer; raise UserError for what only the model's config can tell."""
+    quiet_libraries()
+    architecture = read_architecture(cfg.model.path or cfg.model.name, revision=cfg.model.revision)
+    check_architecture(cfg, architecture)
+    if cfg.num_threads is not None:
+        torch.set_num_threads(cfg.num_threads)
+    kernels.select_kernels(cfg.kernels)
+    lightning.seed_everything(cfg.seed, workers=True, verbose=False)
+    trainer = build_trainer(cfg)
+    module = build_module(cfg, architecture.d_model)
+    checkpoint = choose_checkpoint(cfg)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, module)
+    return Experiment(cfg, build_data(cfg), module, trainer, checkpoint)
+
+
+def quiet_libraries() -> None:
+    """Leave out what Lightning says of every run (devices found, advertisements, its own deprecations)."""
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(name).handlers.clear()  # Hydra's root logger prints and files what is left
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+
+
+def check_architecture(cfg: DictConfig, architecture: Architecture) -> None:
+    """Check layer, context and widths against the language model's shape."""
+    if cfg.model.layer >= architecture.num_layers:
+        raise UserError(
+            f"model.layer: {cfg.model.layer} is out of range: the model has {architecture.num_layers} layers, "
+            f"give 0 to {architecture.num_layers - 1}"
+        )
+    if (cfg.data.context_length or 0) > architecture.context_length:
+        raise UserError(
+            f"data.context_length: {cfg.data.context_length} is more than the model's {architecture.context_length}: "
+            "lower it"
+        )
+    check_widths(cfg, architecture.d_model)
+
+
+def build_data(cfg: DictConfig) -> ActivationDataModule:
+    """Build the data module; it loads the language model in its `setup`."""
+    model = to_dict(cfg.model)
+    return ActivationDataModule(
+        model={
+            "name_or_path": model["path"] or model["name"],
+            "layer": model["layer"],
+            "revision": model["revision"],
+            "dtype": model["dtype"],
+            "random_weights": model["random_weights"],
+            "seed": model["random_seed"],
+        },
+        data=to_dict(cfg.data),
+        seed=cfg.seed,
+        num_micro_batches=cfg.trainer.max_steps * cfg.trainer.accumulate_grad_batches,
+        micro_batch_tokens=micro_batch_tokens(cfg),
+    )
+
+
+def build_module(cfg: DictConfig, d_model: int) -> JSAEModule:
+    """Build the LightningModule with plain values only."""
+    sae, jacobian = to_dict(cfg.sae), to_dict(cfg.jacobian)
+    sae["d_sae"], sae["d_sae_output"] = sae_widths(cfg, d_model)
+    sae["k_output"] = sae["k_output"] or sae["k"]
+    jacobian["coef"] = jacobian_coef(cfg, d_model)
+    return JSAEModule(
+        d_model=d_model,
+        sae=sae,
+        jacobian=jacobian,
+        optim=to_dict(cfg.optim),
+        total_steps=cfg.trainer.max_steps,
+        seed=cfg.seed,
+    )
+
+
+def build_trainer(cfg: DictConfig) -> lightning.Trainer:
+    """Build the trainer with the named callbacks and loggers of the configuration."""
+    callbacks = [build(node, f"callbacks.{name}") for name, node in cfg.callbacks.items() if node is not None]
+    loggers = [build(node, f"logger.{name}") for name, node in cfg.logger.items() if node is not None]
+    return build(
+        cfg.trainer,
+        "trainer",
+        callbacks=callbacks,
+        logger=loggers,
+        plugins=[AtomicCheckpointIO()],
+        default_root_dir=cfg.paths.output_dir,
+    )
+
+
+def choose_checkpoint(cfg: DictConfig) -> Path | None:
+    """Return the checkpoint that `ckpt_path` stands for."""
+    if cfg.ckpt_path == "auto":
+        return find_checkpoint(Path(cfg.paths.output_dir))
+    return None if cfg.ckpt_path is None else Path(cfg.ckpt_path)
+
+
+def check_checkpoint(path: Path, module: JSAEModule) -> None:
+    """Refuse a checkpoint of another shape or recipe, naming the first key that differs."""
+    found = flatten(dict(read_checkpoint(path).get("hyper_parameters", {})))
+    for key, value in flatten(dict(module.hparams)).items():
+        if key not in found:
+            raise UserError(f"{path}: {key} is missing: this is no checkpoint of jsae-train")
+        if found[key] != value:
+            raise UserError(
+                f"{path}: was made with {key}={found[key]}, this run has {value}: repeat the run's own overrides"
+            )
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested dicts as one dict with dotted keys and primitive values."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = (
+                value if isinstance(value, int | float | str | bool) or value is None else str(value)
+            )
+    return flat

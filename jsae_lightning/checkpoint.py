@@ -1,0 +1,237 @@
+"""Saving and loading: the exported pair (safetensors, no pickle) and the training checkpoint."""
+
+import json
+import pickle
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jsae_lightning.atomic_files import atomic_file, atomic_folder
+from jsae_lightning.errors import UserError
+from jsae_lightning.frozen_mlp import FrozenMLP
+from jsae_lightning.sae import SAEPair
+
+FORMAT_VERSION = 1
+PACKAGE_DIR = Path(__file__).resolve().parent
+_SAES = ("input_sae", "output_sae")
+
+
+def save_pair(pair: SAEPair, folder: str | Path, *, metadata: dict[str, Any] | None = None) -> Path:
+    """Write `model.safetensors`, `config.json` and `README.md` (a model card) to `folder`, all or nothing.
+
+    `metadata` is JSON: the language model, the MLP's hash, the penalty, tokens seen. Returns the folder.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    config = {
+        "format_version": FORMAT_VERSION,
+        **{
+            f"{name}_sae": {
+                "d_model": sae.d_model,
+                "d_sae": sae.d_sae,
+                "k": sae.k,
+                "subtract_b_dec": sae.subtract_b_dec,
+            }
+            for name, sae in pair.named_saes()
+        },
+        **(metadata or {}),
+    }
+    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in pair.state_dict().items()}
+    with atomic_folder(folder) as temporary:
+        save_file(tensors, temporary / "model.safetensors")
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (temporary / "README.md").write_text(_model_card(config), encoding="utf-8")
+    return folder
+
+
+def load_pair(folder: str | Path, *, device: str | torch.device = "cpu") -> SAEPair:
+    """Read a folder written by `save_pair`.
+
+    Raises UserError naming the file and key for anything missing, truncated, misshapen, NaN or infinite.
+    """
+    folder = Path(folder)
+    config = read_pair_config(folder)
+    shapes = [config[name] for name in _SAES]
+    pair = SAEPair(
+        shapes[0]["d_model"],
+        shapes[0]["d_sae"],
+        shapes[0]["k"],
+        d_sae_output=shapes[1]["d_sae"],
+        k_output=shapes[1]["k"],
+        subtract_b_dec=shapes[0]["subtract_b_dec"],
+    )
+    tensors = _read_safetensors(folder / "model.safetensors")
+    _check_tensors(folder / "model.safetensors", tensors, pair.state_dict())
+    pair = pair.to(tensors["input_sae.W_dec"].dtype)
+    pair.load_state_dict(tensors)
+    return pair.to(device)
+
+
+def read_pair_config(folder: Path) -> dict[str, Any]:
+    """Return an export's `config.json`, checked."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file: give the folder of an exported pair (sae_pair/ of a run)")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: is no valid JSON ({error}): export the pair again") from error
+    if config.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: format_version {config.get('format_version')} is not {FORMAT_VERSION}: "
+            "use the package version that wrote it"
+        )
+    for name in _SAES:
+        for key in ("d_model", "d_sae", "k", "subtract_b_dec"):
+            if key not in config.get(name, {}):
+                raise UserError(f"{path}: {name}.{key} is missing: export the pair again")
+    return config
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file: the export is incomplete, export the pair again")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path}: truncated or not a safetensors file ({error}): export the pair again") from error
+
+
+def _check_tensors(path: Path, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, tensor in expected.items():
+        if name not in found:
+            raise UserError(f"{path}: tensor {name} is missing: export the pair again")
+        if found[name].shape != tensor.shape:
+            raise UserError(
+                f"{path}: tensor {name} has shape {list(found[name].shape)}, config.json says "
+                f"{list(tensor.shape)}: export again"
+            )
+        if not torch.isfinite(found[name]).all():
+            raise UserError(f"{path}: tensor {name} has NaN or infinite values: export an earlier checkpoint")
+    if unknown := set(found) - set(expected):
+        raise UserError(f"{path}: unknown tensor {min(unknown)}: this is no export of a pair")
+
+
+def _model_card(config: dict[str, Any]) -> str:
+    model, jacobian = config.get("model", {}), config.get("jacobian", {})
+    rows = "\n".join(
+        f"| {name.split('_')[0]} SAE | {config[name]['d_model']} | {config[name]['d_sae']} | {config[name]['k']} |"
+        for name in _SAES
+    )
+    lines = [
+        "---",
+        "library_name: jsae-lightning",
+        "tags: [sparse-autoencoder, jacobian-sae, interpretability]",
+        "---",
+        "# Jacobian SAE pair",
+        "",
+        f"Two TopK sparse autoencoders on the input and output of the MLP in layer {model.get('layer', '?')} of "
+        f"`{model.get('name', 'unknown')}`, trained with a penalty on the Jacobian between their latents.",
+        "",
+        "| | d_model | latents | k |",
+        "|---|---|---|---|",
+        rows,
+        "",
+        f"Penalty: {jacobian.get('penalty', '?')}, weight {jacobian.get('coef', '?')}, Jacobian at the "
+        f"{jacobian.get('at', '?')}; {config.get('tokens_seen', '?')} tokens.",
+        "",
+        "```python",
+        "from jsae_lightning import SAEPair",
+        "pair = SAEPair.load(FOLDER)",
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished or stopped run, ready to be studied."""
+
+    pair: SAEPair
+    mlp: FrozenMLP
+    config: dict[str, Any]
+    """`config.json` of the export: model, layer, hashes, penalty, tokens seen."""
+    folder: Path
+
+
+def load_run(folder: str | Path, *, device: str | torch.device = "cpu") -> Run:
+    """Load the pair of a run or export folder together with the MLP that it was trained on.
+
+    The MLP is loaded by the same path as in training; raises UserError if its weights' hash differs.
+    """
+    folder = Path(folder)
+    export = folder / "sae_pair" if (folder / "sae_pair").is_dir() else folder
+    config = read_pair_config(export)
+    model = config.get("model")
+    if not model:
+        raise UserError(f"{export / 'config.json'}: model is missing, so the MLP cannot be found: use SAEPair.load")
+    mlp = FrozenMLP.from_pretrained(
+        locate_model(model["name"]),
+        layer=model["layer"],
+        revision=model["revision"],
+        dtype=model["dtype"],
+        random_weights=model["random_weights"],
+        seed=model["random_seed"],
+    )
+    if (found := mlp.weights_hash()) != model["mlp_hash"]:
+        raise UserError(
+            f"{model['name']}: the MLP's weights (hash {found[:12]}) are not those that the pair was trained on "
+            f"({model['mlp_hash'][:12]}): use the same model and revision"
+        )
+    return Run(load_pair(export, device=device), mlp.to(device), config, folder)
+
+
+def portable_name(name_or_path: str) -> str:
+    """Return how an export names its model: a hub name or path as it is, the embedded one as `package:...`.
+
+    The package lies elsewhere on another machine.
+    """
+    path = Path(name_or_path)
+    if path.is_absolute() and path.is_relative_to(PACKAGE_DIR):
+        return f"package:{path.relative_to(PACKAGE_DIR).as_posix()}"
+    return name_or_path
+
+
+def locate_model(name: str) -> str:
+    """Undo `portable_name`."""
+    return str(PACKAGE_DIR / name.removeprefix("package:")) if name.startswith("package:") else name
+
+
+def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write a training checkpoint so that `path` holds the old one or the new one, whole, at any moment."""
+    with atomic_file(path) as temporary:
+        torch.save(checkpoint, temporary)
+
+
+def read_checkpoint(path: Path, *, map_location: Any = "cpu") -> dict[str, Any]:
+    """Read a training checkpoint with `weights_only=True`; raise UserError if it is damaged or needs more than that."""
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"ckpt_path: there is no file '{path}': give a checkpoint, auto or null") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path}: is no plain checkpoint of tensors and is not executed: give one written by jsae-train"
+        ) from error
+    except (RuntimeError, EOFError, zipfile.BadZipFile, OSError, KeyError) as error:
+        raise UserError(
+            f"{path}: truncated or not a checkpoint ({str(error).splitlines()[0]}): give another, "
+            "or remove it to start afresh"
+        ) from error
+
+
+def find_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint of a run, `checkpoints/last.ckpt`, or else the highest `step_*.ckpt`."""
+    last = folder / "checkpoints" / "last.ckpt"
+    if last.is_file():
+        return last
+    return max((folder / "checkpoints").glob("step_*.ckpt"), default=None)

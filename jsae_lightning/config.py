@@ -1,0 +1,222 @@
+"""Configuration: search path, resolvers, rules between keys, and the only caller of `hydra.utils.instantiate`.
+
+Imports neither torch nor lightning, so that `--help` and mistakes in the configuration answer at once.
+"""
+
+import ast
+import importlib.util
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from jsae_lightning.config_schema import RootConfig
+from jsae_lightning.errors import UserError
+
+PACKAGE_DIR = Path(__file__).resolve().parent
+SOURCES = ("stdlib", "text", "jsonl", "parquet", "arrow", "hub")
+PENALTIES = (
+    "l1", "l1_over_l2_batch", "l1_over_l2_token", "log", "l04", "exp", "tanh", "scad", "capped_l1", "kurtosis",
+    "hoyer", "l1_rows_l05",
+)  # fmt: skip
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "model.dtype": ("float32", "bfloat16", "float16"),
+    "model.random_weights": (True, False, "full"),
+    "data.source": SOURCES,
+    "data.bos": ("auto", "never", "document", "sequence"),
+    "jacobian.penalty": PENALTIES,
+    "jacobian.at": ("input", "reconstruction"),
+    "checkpoint.best_mode": ("min", "max"),
+    "kernels": ("auto", "reference", "cpu"),
+}
+_POSITIVE = (
+    "data.train_tokens", "data.batch_tokens", "data.buffer_batches", "data.lm_batch_sequences", "data.val_sequences",
+    "data.context_length", "sae.expansion_factor", "sae.d_sae", "sae.d_sae_output", "sae.k", "sae.k_output",
+    "sae.auxk_k", "sae.dead_after_tokens", "optim.lr", "optim.grad_clip", "eval.every_n_steps",
+    "eval.batch_sequences", "eval.num_sequences", "eval.jacobian_tokens", "checkpoint.every_minutes",
+    "checkpoint.every_n_steps", "num_threads", "trainer.accumulate_grad_batches", "trainer.log_every_n_steps",
+)  # fmt: skip
+_SHARES = ("jacobian.warmup_fraction", "optim.warmup_fraction", "optim.decay_fraction", "data.val_fraction")
+_NOT_NEGATIVE = ("model.layer", "sae.mse_output_coef", "sae.auxk_coef")
+
+
+def config_dir() -> Path:
+    """Return `conf/`: inside an installed package, beside it in a checkout."""
+    installed = PACKAGE_DIR / "conf"
+    return installed if installed.is_dir() else PACKAGE_DIR.parent / "conf"
+
+
+def num_steps(train_tokens: int, batch_tokens: int) -> int:
+    """Return the optimizer steps that see at least `train_tokens` tokens: ceil(train_tokens / batch_tokens)."""
+    return math.ceil(train_tokens / max(1, batch_tokens))
+
+
+def register() -> None:
+    """Register the schema and the resolvers with Hydra; may be called again."""
+    ConfigStore.instance().store(name="root_schema", node=RootConfig)
+    OmegaConf.register_new_resolver("num_steps", num_steps, replace=True)
+    OmegaConf.register_new_resolver("package_dir", lambda: str(PACKAGE_DIR), replace=True)
+
+
+def check_config(cfg: DictConfig) -> None:
+    """Check every rule that needs no model; raise UserError with the key, the value found and the remedy."""
+    for key, allowed in _CHOICES.items():
+        if (value := OmegaConf.select(cfg, key)) not in allowed:
+            raise UserError(f"{key}: '{value}' is not known: choose one of {', '.join(map(str, allowed))}")
+    for key in _POSITIVE:
+        if (value := OmegaConf.select(cfg, key)) is not None and not value > 0:
+            raise UserError(f"{key}: {value} is not above zero: give a positive number")
+    for key in _SHARES:
+        if not 0 <= (value := OmegaConf.select(cfg, key)) <= 1:
+            raise UserError(f"{key}: {value} is not a share: give a number from 0 to 1")
+    for key in _NOT_NEGATIVE:
+        if OmegaConf.select(cfg, key) < 0:
+            raise UserError(f"{key}: {OmegaConf.select(cfg, key)} is negative: give 0 or more")
+    _check_model(cfg)
+    _check_data(cfg)
+    _check_training(cfg)
+    for key in ("trainer", "callbacks", "logger"):
+        for node_key, node in _target_nodes(cfg[key], key):
+            _check_constructor(node_key, node)
+
+
+def check_widths(cfg: DictConfig, d_model: int) -> None:
+    """Check k against the width of each SAE, which depends on the language model's d_model."""
+    d_sae, d_sae_output = sae_widths(cfg, d_model)
+    for name, k, width in (("k", cfg.sae.k, d_sae), ("k_output", cfg.sae.k_output or cfg.sae.k, d_sae_output)):
+        if k > width:
+            raise UserError(f"sae.{name}: {k} is more than the {width} latents of the SAE: lower it or raise sae.d_sae")
+
+
+def sae_widths(cfg: DictConfig, d_model: int) -> tuple[int, int]:
+    """Return the number of latents of the input and of the output SAE."""
+    d_sae = cfg.sae.d_sae or round(cfg.sae.expansion_factor * d_model)
+    return d_sae, cfg.sae.d_sae_output or d_sae
+
+
+def jacobian_coef(cfg: DictConfig, d_model: int) -> float:
+    """Return the final weight of the penalty; `auto` is the paper's 0.5 k^2 / d_model."""
+    if cfg.jacobian.coef == "auto":
+        return 0.5 * cfg.sae.k * (cfg.sae.k_output or cfg.sae.k) / d_model
+    return float(cfg.jacobian.coef)
+
+
+def world_size(cfg: DictConfig) -> int:
+    """Return the number of processes that the trainer's devices and nodes stand for."""
+    devices = cfg.trainer.get("devices", 1)
+    if isinstance(devices, int) and devices > 0:
+        return devices * cfg.trainer.get("num_nodes", 1)
+    raise UserError(f"trainer.devices: '{devices}' is not a number of devices: give a whole number from 1")
+
+
+def micro_batch_tokens(cfg: DictConfig) -> int:
+    """Return the tokens of one micro-batch on one rank: batch_tokens / (ranks x accumulate_grad_batches)."""
+    parts = world_size(cfg) * cfg.trainer.accumulate_grad_batches
+    if cfg.data.batch_tokens % parts:
+        raise UserError(
+            f"data.batch_tokens: {cfg.data.batch_tokens} does not divide by {parts} "
+            "(trainer.devices x trainer.num_nodes x trainer.accumulate_grad_batches): change one of them"
+        )
+    return cfg.data.batch_tokens // parts
+
+
+def build(node: DictConfig, key: str, **overrides: Any) -> Any:
+    """Instantiate the `_target_` of a node; what its constructor refuses becomes a UserError that names `key`."""
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    try:
+        return instantiate(node, _convert_="all", **overrides)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise UserError(f"{key}: {error}: correct this key") from error
+
+
+def to_dict(node: DictConfig) -> dict[str, Any]:
+    """Return a node as plain Python values: what may go into a checkpoint's hyper-parameters."""
+    return OmegaConf.to_container(node, resolve=True)  # type: ignore[return-value]
+
+
+def _check_model(cfg: DictConfig) -> None:
+    if (cfg.model.name is None) == (cfg.model.path is None):
+        raise UserError(
+            f"model.name: '{cfg.model.name}' with model.path '{cfg.model.path}': "
+            "give a hub name or a local directory, one of them"
+        )
+    if cfg.model.path is not None and not Path(cfg.model.path).is_dir():
+        raise UserError(f"model.path: there is no directory '{cfg.model.path}': give a Hugging Face model directory")
+
+
+def _check_data(cfg: DictConfig) -> None:
+    local = cfg.data.source in SOURCES[1:-1]
+    if local and cfg.data.path is None:
+        raise UserError(f"data.path: null, but data.source={cfg.data.source} reads files: give a file, folder or glob")
+    if local and not any(character in cfg.data.path for character in "*?[") and not Path(cfg.data.path).exists():
+        raise UserError(f"data.path: there is no file or folder '{cfg.data.path}': give one that exists")
+    if cfg.data.source == "hub" and cfg.data.name is None:
+        raise UserError("data.name: null, but data.source=hub reads a dataset: give its name")
+
+
+def _check_training(cfg: DictConfig) -> None:
+    coef = cfg.jacobian.coef
+    is_number = isinstance(coef, int | float) and not isinstance(coef, bool)
+    if not (coef == "auto" or (is_number and coef >= 0)):
+        raise UserError(f"jacobian.coef: '{coef}' is no weight: give a number of 0 or more, or auto")
+    if coef == "auto" and cfg.jacobian.penalty != "l1":
+        raise UserError(f"jacobian.coef: auto is a rule for l1 only, not for {cfg.jacobian.penalty}: give a number")
+    steps = cfg.trainer.get("max_steps")
+    if not isinstance(steps, int) or steps < 1:
+        raise UserError(f"trainer.max_steps: {steps} is no number of steps: give a whole number from 1")
+    if cfg.optim.warmup_fraction + cfg.optim.decay_fraction > 1:
+        raise UserError(
+            f"optim.decay_fraction: {cfg.optim.decay_fraction} and optim.warmup_fraction "
+            f"{cfg.optim.warmup_fraction} overlap: lower one, their sum is at most 1"
+        )
+    if cfg.ckpt_path not in (None, "auto") and not Path(cfg.ckpt_path).is_file():
+        raise UserError(f"ckpt_path: there is no file '{cfg.ckpt_path}': give a checkpoint, auto or null")
+    micro_batch_tokens(cfg)
+
+
+def _target_nodes(node: Any, key: str) -> Iterator[tuple[str, DictConfig]]:
+    if isinstance(node, DictConfig):
+        if "_target_" in node:
+            yield key, node
+        for name in node:
+            yield from _target_nodes(node._get_node(name), f"{key}.{name}")
+
+
+def _check_constructor(key: str, node: DictConfig) -> None:
+    """Compare a node's keys with the constructor's signature, read from its source without importing it."""
+    known = constructor_arguments(node["_target_"])
+    for name in node:
+        if known is not None and name not in known and not str(name).startswith("_"):
+            raise UserError(
+                f"{key}.{name}: {node['_target_']} has no such argument: correct the key; "
+                f"it knows {', '.join(sorted(known))}"
+            )
+
+
+def constructor_arguments(target: str) -> set[str] | None:
+    """Return the argument names of a class's `__init__`, or None where its source does not tell (it is then checked
+    when it is built).
+    """  # noqa: D205
+    module, _, name = target.rpartition(".")
+    if target == "lightning.Trainer":
+        module = "lightning.pytorch.trainer.trainer"
+    package, *parts = module.split(".")
+    spec = importlib.util.find_spec(package) if package else None
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    source = Path(spec.submodule_search_locations[0], *parts).with_suffix(".py")
+    if not source.is_file():
+        return None
+    for definition in ast.parse(source.read_text(encoding="utf-8")).body:
+        if isinstance(definition, ast.ClassDef) and definition.name == name:
+            for member in definition.body:
+                if isinstance(member, ast.FunctionDef) and member.name == "__init__" and member.args.kwarg is None:
+                    return {argument.arg for argument in (*member.args.args[1:], *member.args.kwonlyargs)}
+    return None

@@ -1,0 +1,252 @@
+"""The frozen language model: loading, the MLP's input at one layer, and splicing tensors back in.
+
+Training and evaluation load models here and nowhere else, on raw weights (no folding of norms, no centring), so that
+both see the same activations. The model is a transformers model inside a TransformerBridge that hooks norms and MLPs
+only: attention stays transformers' own, at its speed.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from jsae_lightning.architecture import Architecture, check_layer, load_config, read_architecture
+from jsae_lightning.bridge import check_mlp, extract_mlp, wrap
+from jsae_lightning.errors import UserError
+from jsae_lightning.frozen_mlp import FrozenMLP
+from jsae_lightning.model_files import check_safetensors, first_line, model_folder
+from jsae_lightning.random_weights import fresh_model, redraw_matrices
+
+__all__ = ["Architecture", "LanguageModel", "check_layer", "load_tokenizer", "read_architecture"]
+
+Splice = Callable[[Float[Tensor, "batch seq d_model"]], Float[Tensor, "batch seq d_model"]]
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+_ROUND_TRIP = "The cat sat on a mat: 12 + 34 = 46."
+
+
+def load_tokenizer(name_or_path: str, *, revision: str | None = None) -> Any:
+    """Return the model's own transformers tokenizer; for a local folder without any network.
+
+    Raises UserError if the folder has no tokenizer files, or if a text does not survive encoding and decoding (which
+    is how a folder with the wrong files, or with a placeholder for them, shows).
+    """
+    folder = model_folder(name_or_path, revision=revision, part="tokenizer")
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(
+            f"model: the tokenizer of {name_or_path} cannot be loaded ({first_line(error)}): copy its files again"
+        ) from error
+    ids = tokenizer.encode(_ROUND_TRIP, add_special_tokens=False)
+    text = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+    if text.lower().split() != _ROUND_TRIP.lower().split():
+        raise UserError(
+            f"model: the tokenizer of {name_or_path} turns {_ROUND_TRIP!r} into {text!r}: its files are missing or "
+            "damaged, copy them again"
+        )
+    return tokenizer
+
+
+class LanguageModel:
+    """A frozen language model, hooked at the MLP of one layer.
+
+    Attributes: `name`, `revision`, `layer`, `architecture`, `device`, and `frozen_mlp`, the layer's MLP as a
+    `FrozenMLP` in float32 on `device`. No nn.Module on purpose: it must enter neither a checkpoint nor DDP, and
+    `train()` must not wake its dropout. Build it in the process that uses it; it cannot be pickled.
+    """
+
+    def __init__(
+        self,
+        bridge: Any,
+        frozen_mlp: FrozenMLP,
+        *,
+        name: str,
+        revision: str | None,
+        layer: int,
+        architecture: Architecture,
+        device: torch.device,
+    ) -> None:
+        """Use `LanguageModel.load`."""
+        self._bridge = bridge
+        self.frozen_mlp = frozen_mlp
+        self.name, self.revision, self.layer = name, revision, layer
+        self.architecture, self.device = architecture, device
+
+    @classmethod
+    def load(
+        cls,
+        name_or_path: str,
+        *,
+        layer: int,
+        revision: str | None = None,
+        dtype: str = "float32",
+        device: str | torch.device = "cpu",
+        random_weights: bool | Literal["full"] = False,
+        seed: int = 0,
+    ) -> "LanguageModel":
+        """Load a Hugging Face model, local or from the hub, and check that its MLP is one that we can write down.
+
+        `layer` counts from 0; `dtype` (a key of DTYPES) is the language model's own, whatever its files hold.
+        `random_weights=True` redraws its weight matrices under `seed` (`redraw_matrices`), `"full"` initialises it
+        afresh from its configuration (no weights are read or downloaded).
+        Raises UserError for everything that `read_architecture` refuses, a layer out of range, missing, corrupt or
+        incomplete weights, an unsupported activation, and an MLP whose formula does not give the model's own output.
+        """
+        if dtype not in DTYPES:
+            raise UserError(f"model.dtype: {dtype!r} is not a floating-point type: choose one of {', '.join(DTYPES)}")
+        if random_weights not in (False, True, "full"):
+            raise UserError(f"model.random_weights: {random_weights!r} is unknown: choose one of false, true, full")
+        architecture = read_architecture(name_or_path, revision=revision)
+        check_layer(architecture, layer)
+        folder = model_folder(name_or_path, revision=revision, part="config" if random_weights == "full" else "weights")
+        device = torch.device(device)
+
+        def make_model() -> Any:
+            model: Any
+            if random_weights == "full":
+                model = fresh_model(load_config(folder, name_or_path), seed=seed, dtype=DTYPES[dtype])
+            else:
+                model = _load_weights(folder, name_or_path, DTYPES[dtype])
+            if random_weights is True:
+                redraw_matrices(model, d_model=architecture.d_model, seed=seed)
+            return model.to(device).eval()
+
+        tokens = _check_tokens(architecture).to(device)
+        with _own_precision(device), _exact_products():
+            bridge = wrap(make_model, tokens)
+            frozen_mlp = extract_mlp(bridge, layer).to(device)
+            check_mlp(bridge, layer, frozen_mlp, tokens)
+        return cls(
+            bridge,
+            frozen_mlp,
+            name=name_or_path,
+            revision=revision,
+            layer=layer,
+            architecture=architecture,
+            device=device,
+        )
+
+    @torch.no_grad()
+    def mlp_in(self, tokens: Int64[Tensor, "batch seq"]) -> Float[Tensor, "batch seq d_model"]:
+        """Return the tensor that enters the layer's MLP, after its norm, as float32; later layers are not run."""
+        from transformer_lens.model_bridge.exceptions import StopAtLayerException
+
+        captured: list[Tensor] = []
+
+        def stop(tensor: Tensor, hook: Any) -> None:
+            captured.append(tensor)
+            raise StopAtLayerException(tensor)
+
+        self._run(tokens, [("hook_in", stop)], return_type=None)
+        return captured[0].reshape(*tokens.shape, -1).float()
+
+    @torch.no_grad()
+    def logits(
+        self,
+        tokens: Int64[Tensor, "batch seq"],
+        *,
+        replace_mlp_in: Splice | None = None,
+        replace_mlp_out: Splice | None = None,
+    ) -> Float[Tensor, "batch seq vocab"]:
+        """Return next-token logits as float32, with the layer's MLP input or output, or both, replaced.
+
+        Each callable gets the tensor at its site, (batch, seq, d_model) in float32, and returns what takes its place;
+        the MLP then runs on the replaced input. The identity leaves the logits bit-identical.
+        """
+        hooks = [
+            (site, _splice(replace, tokens.shape))
+            for site, replace in (("hook_in", replace_mlp_in), ("hook_out", replace_mlp_out))
+            if replace is not None
+        ]
+        return self._run(tokens, hooks, return_type="logits").float()
+
+    def _run(self, tokens: Tensor, hooks: list[tuple[str, Callable]], *, return_type: str | None) -> Any:
+        sites = [(f"blocks.{self.layer}.mlp.{site}", hook) for site, hook in hooks]
+        with _own_precision(self.device):
+            return self._bridge.run_with_hooks(
+                tokens.to(self.device), fwd_hooks=sites, return_type=return_type, use_cache=False
+            )
+
+
+def _splice(replace: Splice, shape: torch.Size) -> Callable:
+    """Wrap `replace` as a hook; some architectures flatten (batch, seq) at the MLP, and the model has its own dtype."""
+
+    def hook_function(tensor: Tensor, hook: Any) -> Tensor:
+        replaced = replace(tensor.reshape(*shape, -1).float())
+        return replaced.to(tensor.dtype).reshape(tensor.shape)
+
+    return hook_function
+
+
+def _own_precision(device: torch.device) -> torch.autocast:
+    """Keep the trainer's autocast out: the activations must not depend on who calls."""
+    return torch.autocast(device.type, enabled=False)
+
+
+@contextlib.contextmanager
+def _exact_products() -> Iterator[None]:
+    """Keep TF32 out while two computations are compared."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def _check_tokens(architecture: Architecture) -> Tensor:
+    """A few random tokens to compare two computations on, always the same."""
+    size = (2, min(16, architecture.context_length))
+    return torch.randint(architecture.vocab_size, size, generator=torch.Generator().manual_seed(0))
+
+
+def _load_weights(folder: Path, name: str, dtype: torch.dtype) -> Any:
+    """Load the causal language model in `folder`; nothing half-loaded, no code of the model's run."""
+    check_safetensors(folder)
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    config = load_config(folder, name)
+    loaded: Any
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        # No attn_implementation: transformers takes sdpa, or eager where the architecture refuses it (Gemma-2).
+        loaded = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            config=config,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"model: transformers cannot load {name} ({first_line(error)}): copy its files again or choose another"
+        ) from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    model, report = loaded
+    if report["missing_keys"]:
+        # transformers would go on with random values in their place.
+        missing = sorted(report["missing_keys"])
+        raise UserError(
+            f"model: the weights of {name} lack {len(missing)} tensors, such as {missing[0]}: copy its files again"
+        )
+    return model

@@ -1,0 +1,118 @@
+"""What surrounds a run on the command line: exit codes, resuming a folder, one process per sweep job."""
+
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from jsae_lightning.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def exit_codes(program: str) -> Iterator[None]:
+    """End the process with 2 and one line for a mistake of the user's, with 1 and a traceback for anything else."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises instead of printing its own report
+    try:
+        yield
+    except UserError as error:
+        _fail(program, str(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        _fail(program, _hydra_message(error))
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        _fail(
+            program,
+            f"{error.filename}: cannot be written ({error.strerror}): choose another folder with hydra.run.dir=DIR",
+        )
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)
+
+
+def _fail(program: str, message: str) -> None:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{program}: error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def _hydra_message(error: Exception) -> str:
+    """Join Hydra's message and its cause into one line that ends with a remedy."""
+    cause = error.__cause__ or error.__context__
+    parts = [str(error)] + ([str(cause)] if cause is not None and str(cause) not in str(error) else [])
+    lines = [line.strip().rstrip(".") for part in parts for line in part.splitlines()]
+    # `full_key` is kept, `object_type` (a class of ours) and the advice to append with "+" would mislead.
+    kept = [
+        line for line in lines if line and not line.startswith(("object_type", "reference_type", "To append to your"))
+    ]
+    return "; ".join(kept) + ": correct the key or value (`jsae-train --cfg job` prints all keys)"
+
+
+def resumed_arguments(arguments: list[str]) -> list[str]:
+    """Put the overrides of an earlier run before the new ones when a folder is to be continued.
+
+    `ckpt_path=auto hydra.run.dir=DIR` alone then goes on with the configuration that DIR was started with.
+    """
+    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    folder = given.get("hydra.run.dir", "").strip("'\"")
+    recorded = Path(folder) / ".hydra" / "overrides.yaml"
+    if given.get("ckpt_path") != "auto" or not folder or not recorded.is_file():
+        return arguments
+    try:
+        earlier = [str(override) for override in OmegaConf.load(recorded)]
+    except Exception as error:  # any parser's complaint about a damaged file
+        raise UserError(f"{recorded}: cannot be read ({error}): remove it and repeat the run's overrides") from error
+    return [override for override in earlier if override.split("=", 1)[0] not in given] + arguments
+
+
+def is_sweep_job() -> bool:
+    """Whether this process is a sweep's parent, which must not train itself (a submitit task may)."""
+    return HydraConfig.get().mode == RunMode.MULTIRUN and "SUBMITIT_EXECUTOR" not in os.environ
+
+
+def run_sweep_job(cfg: DictConfig) -> float:
+    """Run one job of a sweep as its own process doing a single run, and return its objective.
+
+    Lightning's launcher restarts ranks with the parent's arguments: with `-m` in them each would replay
+    the whole sweep.
+    """
+    hydra_cfg = HydraConfig.get()
+    folder = Path(hydra_cfg.runtime.output_dir)
+    command = [sys.executable, "-m", "jsae_lightning.train", *_config_flags(), *hydra_cfg.overrides.task]
+    command += [f"hydra.run.dir='{folder}'", "hydra.mode=RUN"]
+    log.info("job %s: %s", hydra_cfg.job.num, " ".join(hydra_cfg.overrides.task))
+    if code := subprocess.run(command, check=False).returncode:
+        raise RuntimeError(f"job {hydra_cfg.job.num} in {folder} ended with exit code {code}")
+    return read_objective(folder / "metrics.json", cfg.objective)
+
+
+def read_objective(path: Path, name: str) -> float:
+    """Return one figure of a run's `metrics.json`; NaN where the run recorded it as null."""
+    metrics = json.loads(path.read_text(encoding="utf-8"))
+    if name not in metrics:
+        raise UserError(f"objective: '{name}' is not in {path}: choose one of {', '.join(sorted(metrics))}")
+    return math.nan if metrics[name] is None else float(metrics[name])
+
+
+def _config_flags() -> list[str]:
+    """Repeat `--config-dir` and `--config-name` for a job's own process."""
+    flags = []
+    for name in ("--config-dir", "--config-name", "-cd", "-cn"):
+        for position, argument in enumerate(sys.argv[1:], start=1):
+            if argument == name:
+                flags += [name, sys.argv[position + 1]]
+            elif argument.startswith(f"{name}="):
+                flags.append(argument)
+    return flags

@@ -1,0 +1,334 @@
+"""Where the text or the tokens come from: the rows of each source, and which of them nobody trains on.
+
+A row is one document (a text) or a list of token ids. Sources: `stdlib` and `text` are read into memory; `jsonl`,
+`parquet`, `arrow` and `hub` go through the `datasets` library, as a table (random access) or as a stream.
+Importing this module loads neither torch nor `datasets`.
+"""
+
+import contextlib
+import dataclasses
+import glob
+import hashlib
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from jsae_lightning.config_schema import DataConfig
+from jsae_lightning.errors import UserError
+from jsae_lightning.model_files import first_line
+from jsae_lightning.tiny_lm import corpus
+
+TEXT_COLUMNS = ("text", "content")
+TOKEN_COLUMNS = ("input_ids", "tokens")
+NUM_HEAD_ROWS = 64
+"""Rows that are looked at before anything else is decided about a table or a stream."""
+HUB_TIMEOUT_S = 20.0
+_SUFFIXES = {
+    "text": (".txt", ".text", ".md"),
+    "jsonl": (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz"),
+    "parquet": (".parquet",),
+    "arrow": (".arrow",),
+}
+_BUILDERS = {"jsonl": "json", "parquet": "parquet", "arrow": "arrow"}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one split.
+
+    `data` is a list of texts, a `datasets.Dataset` or a `datasets.IterableDataset`; `column` names the column that
+    holds the text or the token ids (unused for a list); `where` says in messages what was read; `head` holds the
+    values of the first rows, at most NUM_HEAD_ROWS (none for a list).
+    """
+
+    data: Any
+    where: str
+    column: str = ""
+    holds_tokens: bool = False
+    head: tuple[Any, ...] = ()
+
+    def values(self, data: Any = None) -> Iterator[Any]:
+        """Yield the text or the token ids of each row in order (of `data`, a copy of the dataset, if given)."""
+        for row in self.data if data is None else data:
+            yield self.value(row)
+
+    def value(self, row: Any) -> Any:
+        """The text or the token ids of a row; empty for null."""
+        value = row[self.column] if self.column else row
+        return value if value is not None else ([] if self.holds_tokens else "")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A token source: rows to train on and, where the source itself has them, rows to hold out.
+
+    `val` is None where the held-out rows are to be taken out of `train`. `kind` is how rows are reached: `memory`
+    (a list), `table` (random access on disk) or `stream` (in order).
+    """
+
+    kind: Literal["memory", "table", "stream"]
+    train: Rows
+    val: Rows | None
+
+
+def document_digest(document: Any) -> bytes:
+    """sha256 of a document: of the UTF-8 text, or of the token ids as little-endian int64."""
+    if isinstance(document, str):
+        return hashlib.sha256(document.encode("utf-8", "surrogatepass")).digest()
+    import numpy as np
+
+    return hashlib.sha256(np.asarray(document, dtype="<i8").tobytes()).digest()
+
+
+def is_held_out(digest: bytes, fraction: float) -> bool:
+    """Say whether the document with this digest is held out: the digest, read as a number in [0, 1), is < fraction.
+
+    Equal documents always fall on the same side, whatever their order and however many others there are.
+    """
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+def open_source(config: DataConfig) -> Source:
+    """Open the source that `config` describes, reading no more than its first rows (text files: all of them).
+
+    Raises:
+        UserError: no such file, folder, dataset or split; nothing in it; no text or token column; keys that do not
+            apply to the source; the hub cannot be reached.
+    """
+    _check_keys(config)
+    if config.source == "stdlib":
+        return _open_stdlib()
+    if config.source == "text":
+        return _open_text(config)
+    train = _open_rows(config, config.train_split)
+    val = _open_rows(config, config.val_split) if config.val_split is not None else None
+    if val is not None and val.holds_tokens != train.holds_tokens:
+        raise UserError(
+            f"data.val_split: '{config.val_split}' offers column '{val.column}' and '{config.train_split}' column "
+            f"'{train.column}', text in one and tokens in the other: set data.text_column or data.token_column"
+        )
+    return Source("stream" if config.streaming else "table", train, val)
+
+
+def _check_keys(config: DataConfig) -> None:
+    in_memory = config.source in ("stdlib", "text")
+    for key, value in (("streaming", config.streaming or None), ("val_split", config.val_split)):
+        if in_memory and value is not None:
+            raise UserError(f"data.{key}: {value} does not apply to data.source={config.source}: leave it unset")
+    if config.document_separator is not None and config.source != "text":
+        raise UserError("data.document_separator: applies to data.source=text only: leave it null")
+    if config.document_separator == "":
+        raise UserError("data.document_separator: '' separates nothing: give a string such as '\\n\\n', or null")
+    if config.text_column is not None and config.token_column is not None:
+        raise UserError(
+            f"data.token_column: '{config.token_column}' and data.text_column '{config.text_column}' are both set: "
+            "set one and leave the other null"
+        )
+
+
+def _open_stdlib() -> Source:
+    where = f"the standard library in {corpus.stdlib_root()}"
+    splits = []
+    for held_out in (False, True):
+        documents = sorted(corpus.stdlib_documents(held_out=held_out), key=lambda d: document_digest(d[0]))
+        splits.append(Rows([text for _, text in documents], where))
+    return Source("memory", *splits)
+
+
+def find_files(path: str, source: str) -> list[Path]:
+    """Return the files that `data.path` stands for, sorted: a file, a glob, or a folder searched with its subfolders.
+
+    Raises:
+        UserError: nothing there, or only empty files.
+    """
+    suffixes = _SUFFIXES[source]
+    if Path(path).is_file():
+        files = [Path(path)]
+    elif Path(path).is_dir():
+        files = [file for file in sorted(Path(path).rglob("*")) if file.is_file() and file.name.endswith(suffixes)]
+        if not files:
+            raise UserError(
+                f"data.path: no file that ends in {' or '.join(suffixes)} in folder '{path}': "
+                f"give a folder with such files, a glob such as '{path}/*.ext', or another data.source"
+            )
+    else:
+        files = [Path(match) for match in sorted(glob.glob(path, recursive=True)) if Path(match).is_file()]  # noqa: PTH207
+        if not files:
+            raise UserError(f"data.path: there is no file, folder or match of a glob '{path}': give one that exists")
+    if not any(file.stat().st_size for file in files):
+        raise UserError(f"data.path: '{path}' is empty ({len(files)} file(s) of 0 bytes): give files with data")
+    return files
+
+
+def _open_text(config: DataConfig) -> Source:
+    documents = []
+    # A shell hands `\n` over as two characters.
+    separator = (config.document_separator or "").replace("\\n", "\n").replace("\\t", "\t")
+    for file in find_files(config.path or "", "text"):
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"data.path: '{file}' is not UTF-8 ({error.reason} at byte {error.start}): convert it"
+            ) from error
+        documents += text.split(separator) if separator else [text]
+    documents = [document for document in documents if document.strip()]
+    if not documents:
+        raise UserError(f"data.path: '{config.path}' holds white space only: give files with text")
+    splits: dict[bool, list[tuple[bytes, str]]] = {False: [], True: []}
+    for document in documents:
+        digest = document_digest(document)
+        splits[is_held_out(digest, config.val_fraction)].append((digest, document))
+    # In the order of the digests, so that a part of the documents is a fair sample of them.
+    train, val = ([document for _, document in sorted(split)] for split in splits.values())
+    where = f"'{config.path}' ({len(documents):,} documents)"
+    return Source("memory", Rows(train, where), Rows(val, where))
+
+
+def _open_rows(config: DataConfig, split: str) -> Rows:
+    where = f"dataset '{config.name}'" if config.source == "hub" else f"'{config.path}'"
+    where += f", split '{split}'"
+    files = [] if config.source == "hub" else find_files(config.path or "", config.source)
+    if config.source == "hub" and not Path(config.name or "").is_dir():
+        _check_hub(config.name or "", config.revision)
+    with quiet_datasets():
+        try:
+            data = _load_split(config, split, files)
+            head = list(itertools.islice(data, NUM_HEAD_ROWS))
+        except UserError:
+            raise
+        except Exception as error:  # `datasets` and its readers raise dozens of unrelated types
+            key = "name" if config.source == "hub" else "path"
+            raise UserError(
+                f"data.{key}: {where} cannot be read ({first_line(error.__cause__ or error)}): "
+                "correct data.source, data.path, data.name, data.config_name or the split"
+            ) from error
+    if not head:
+        raise UserError(f"data.train_split: {where} has no rows: give a dataset or split with data")
+    column, holds_tokens = find_column(head, where, text_column=config.text_column, token_column=config.token_column)
+    rows = Rows(data, where, column, holds_tokens)
+    return dataclasses.replace(rows, head=tuple(map(rows.value, head)))
+
+
+def _load_split(config: DataConfig, split: str, files: list[Path]) -> Any:
+    import datasets
+
+    if files:
+        names = [str(file) for file in files]
+        return datasets.load_dataset(
+            _BUILDERS[config.source], data_files=names, split=split, streaming=config.streaming
+        )
+    name = config.name or ""
+    folder = Path(name)
+    if any((folder / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
+        saved = datasets.load_from_disk(name)
+        if isinstance(saved, datasets.Dataset):
+            saved = datasets.DatasetDict({"train": saved})
+        if split not in saved:
+            raise UserError(f"data.train_split: no split '{split}' in '{name}': choose one of {', '.join(saved)}")
+        return saved[split].to_iterable_dataset() if config.streaming else saved[split]
+    # A revision is a matter of the hub: given for a folder it would only be refused.
+    revision = None if folder.is_dir() else config.revision
+    return datasets.load_dataset(name, config.config_name, split=split, revision=revision, streaming=config.streaming)
+
+
+def find_column(
+    head: list[dict[str, Any]], where: str, *, text_column: str | None, token_column: str | None
+) -> tuple[str, bool]:
+    """Return (column, whether it holds token ids), from the first rows of a dataset.
+
+    Without a configured column: the first of TEXT_COLUMNS that holds strings (text suits every model), else the first
+    of TOKEN_COLUMNS that holds lists of integers.
+
+    Raises:
+        UserError: no such column, with those that were found.
+    """
+    samples = {name: next((row[name] for row in head if row.get(name) is not None), None) for name in head[0]}
+    found = ", ".join(samples) or "none"
+    for key, name, fits, kind in (
+        ("text_column", text_column, _is_text, "text"),
+        ("token_column", token_column, _is_token_list, "lists of token ids"),
+    ):
+        if name is None:
+            continue
+        if name not in samples:
+            raise UserError(f"data.{key}: no column '{name}' in {where}: choose among the columns found: {found}")
+        if not fits(samples[name]):
+            raise UserError(f"data.{key}: column '{name}' of {where} does not hold {kind}: columns found: {found}")
+        return name, key == "token_column"
+    for names, fits in ((TEXT_COLUMNS, _is_text), (TOKEN_COLUMNS, _is_token_list)):
+        for name in names:
+            if name in samples and fits(samples[name]):
+                return name, names is TOKEN_COLUMNS
+    raise UserError(
+        f"data.text_column: {where} has neither a text column ({' or '.join(TEXT_COLUMNS)}) nor a token column "
+        f"({' or '.join(TOKEN_COLUMNS)}); columns found: {found}: name one with data.text_column or data.token_column"
+    )
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_token_list(value: Any) -> bool:
+    return not isinstance(value, str | dict) and hasattr(value, "__len__") and all(isinstance(v, int) for v in value)
+
+
+def _check_hub(name: str, revision: str | None) -> None:
+    """Ask the hub once whether the dataset is there; `datasets` alone would retry for much longer."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if constants.HF_HUB_OFFLINE:  # then only the local cache is asked, at once
+        return
+    error = _within(HUB_TIMEOUT_S, lambda: HfApi().dataset_info(name, revision=revision, timeout=HUB_TIMEOUT_S / 2))
+    if error is None:
+        return
+    if isinstance(error, RepositoryNotFoundError | HFValidationError):
+        raise UserError(
+            f"data.name: neither a folder nor a dataset of the hub is called '{name}' (or it is private or gated): "
+            "correct the name, or log in with `hf auth login`"
+        ) from error
+    if isinstance(error, RevisionNotFoundError):
+        raise UserError(f"data.revision: dataset '{name}' has no revision '{revision}': correct it") from error
+    raise UserError(
+        f"data.name: no folder '{name}' here, and the hub cannot be reached ({type(error).__name__}): check the "
+        "network, or set HF_HUB_OFFLINE=1 if the dataset was downloaded before, or use data.source=stdlib"
+    ) from error
+
+
+def _within(seconds: float, call: Callable[[], Any]) -> Exception | None:
+    """Run `call` for at most `seconds` (name look-ups have no timeout of their own); return what it raised, or None."""
+    outcome: list[Exception | None] = [TimeoutError(f"no answer within {seconds} s")]
+
+    def run() -> None:
+        try:
+            call()
+            outcome[0] = None
+        except Exception as error:
+            outcome[0] = error
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return outcome[0]
+
+
+@contextlib.contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """Silence the progress bars and warnings of `datasets` for a while, and restore them."""
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from datasets.utils import logging as datasets_logging
+
+    verbosity, had_bars = datasets_logging.get_verbosity(), not are_progress_bars_disabled()
+    datasets_logging.set_verbosity_error()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets_logging.set_verbosity(verbosity)
+        if had_bars:
+            enable_progress_bars()

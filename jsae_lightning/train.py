@@ -1,0 +1,63 @@
+"""Train a Jacobian SAE pair.
+
+jsae-train                                                     # the embedded model and text, no network
+jsae-train experiment=paper/pythia-70m trainer=gpu             # the paper's recipe
+jsae-train model=pythia-70m data=pile-neox sae.k=32 jacobian.coef=1
+jsae-train -m model.layer=0,1,2 sae.k=16,32                    # a sweep, one process a job
+jsae-train ckpt_path=auto hydra.run.dir=DIR                    # go on after a crash, bit for bit
+"""
+
+import sys
+from typing import TYPE_CHECKING
+
+import hydra
+from omegaconf import DictConfig
+
+from jsae_lightning.config import check_config, config_dir, register
+from jsae_lightning.launch import exit_codes, is_sweep_job, resumed_arguments, run_sweep_job
+
+if TYPE_CHECKING:
+    from jsae_lightning.building import Experiment
+
+PROGRAM = "jsae-train"
+
+
+def main() -> None:
+    """Console script `jsae-train`."""
+    with exit_codes(PROGRAM):
+        sys.argv[1:] = resumed_arguments(sys.argv[1:])
+        register()
+        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")(run)()
+
+
+def run(cfg: DictConfig) -> float:
+    """Check the configuration, then train here or, as a job of a sweep, in a process of its own."""
+    if is_sweep_job():
+        check_config(cfg)
+        return run_sweep_job(cfg)
+    with exit_codes(PROGRAM):  # here, because Hydra would add lines of its own to an error's
+        check_config(cfg)
+        return train(cfg).get(cfg.objective, float("nan"))
+
+
+def train(cfg: DictConfig) -> dict[str, float]:
+    """Build, fit, export, report; return the final metrics."""
+    from jsae_lightning.building import build_experiment
+
+    experiment = build_experiment(cfg)
+    experiment.announce()
+    experiment.fit()
+    return finish(experiment)
+
+
+def finish(experiment: "Experiment") -> dict[str, float]:
+    """Write `sae_pair/` and `metrics.json`, print the summary; on rank 0 only."""
+    metrics = experiment.metrics()
+    if experiment.trainer.is_global_zero:
+        experiment.export()
+        experiment.report(metrics)
+    return metrics
+
+
+if __name__ == "__main__":
+    main()

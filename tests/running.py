@@ -1,0 +1,80 @@
+"""Run `jsae-train` in child processes that start fast: forked from a server that has imported everything once."""
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["jsae_lightning.building", "datasets", "transformer_lens", "running"])
+TIME_LIMIT = 240.0
+
+
+def toy_overrides(model: Path, text: Path, folder: Path) -> list[str]:
+    """A run of seconds: 24 steps of 64 tokens, blocks of 5 batches, evaluation every 7 steps, a checkpoint every 4."""
+    return [
+        "experiment=null",
+        "model=local",
+        f"model.path={model}",
+        "model.layer=1",
+        "data=text",
+        f"data.path={text}",
+        "data.document_separator='\\n\\n'",
+        "data.context_length=16",
+        "data.train_tokens=1536",
+        "data.batch_tokens=64",
+        "data.buffer_batches=5",
+        "data.val_sequences=4",
+        "data.val_fraction=0.1",
+        "sae.expansion_factor=2",
+        "sae.k=4",
+        "sae.dead_after_tokens=200",
+        "eval.every_n_steps=7",
+        "eval.jacobian_tokens=32",
+        "checkpoint.every_n_steps=4",
+        "checkpoint.every_minutes=null",
+        "trainer.accelerator=cpu",
+        "trainer.log_every_n_steps=1",
+        "num_threads=1",
+        f"hydra.run.dir={folder}",
+    ]
+
+
+def write_documents(path: Path, documents: int = 400) -> Path:
+    """Text of many short, different documents, separated by blank lines."""
+    words = ["alpha", "beta", "gamma", "delta", "run", "walk", "red", "blue", "one", "two", "seven", "tree"]
+    lines = [" ".join(words[(i * 7 + j * (i % 5 + 1)) % 12] for j in range(12)) + f" {i}." for i in range(documents)]
+    path.write_text("\n\n".join(lines), encoding="utf-8")
+    return path
+
+
+def train(overrides: list[str], *, output: Path, fault: Callable[[], None] | None = None) -> int:
+    """Train in a child process, after `fault()` if given; return its exit code (negative: the signal that ended it)."""
+    process = _CONTEXT.Process(target=_child, args=(overrides, output, fault))
+    process.start()
+    process.join(TIME_LIMIT)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        raise TimeoutError(f"training did not end in {TIME_LIMIT} s: {output.read_text()[-2000:]}")
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def _child(overrides: list[str], output: Path, fault: Callable[[], None] | None) -> None:
+    log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.argv = ["jsae-train", *overrides]
+    from jsae_lightning.train import main
+
+    if fault is not None:
+        fault()
+    main()
+
+
+def kill_self() -> None:
+    """End this process as a power cut would."""
+    os.kill(os.getpid(), signal.SIGKILL)

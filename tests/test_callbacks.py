@@ -1,0 +1,464 @@
+"""Callbacks on a real trainer and module, with a toy language model in the place of a real one."""
+
+import io
+import itertools
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from factories import make_mlp
+from jsae_lightning.callbacks import (
+    Checkpointing,
+    InTrainingEvaluation,
+    JacobianHistograms,
+    Throughput,
+    TrainingProgress,
+    jacobian_histograms,
+)
+from jsae_lightning.callbacks.throughput import paused
+from jsae_lightning.errors import UserError
+from jsae_lightning.figures import jacobian_heat_map, printable, token_title
+from jsae_lightning.loggers import ResumableCSVLogger, ResumableTensorBoardLogger
+from jsae_lightning.module import JSAEModule
+
+D_MODEL, D_SAE, K, VOCAB, SEQ = 10, 32, 5, 23, 9
+PNG = jacobian_heat_map(torch.ones(2, 2), title="", label="", limits=(0.1, 1.0))
+
+
+@pytest.fixture
+def quick_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One picture for all, where only its place in the files matters."""
+    monkeypatch.setattr(jacobian_histograms, "jacobian_heat_map", lambda values, **kwargs: PNG)
+
+
+class ToyLanguageModel:
+    """An embedding, one MLP and an unembedding."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.device = torch.device("cpu")
+        self.frozen_mlp = make_mlp("gelu", D_MODEL, 24).float()
+        self.embedding = torch.randn(VOCAB, D_MODEL, generator=generator)
+
+    def mlp_in(self, tokens: Tensor) -> Tensor:
+        return self.embedding[tokens]
+
+    def logits(self, tokens: Tensor, *, replace_mlp_in: Any = None, replace_mlp_out: Any = None) -> Tensor:
+        residual = self.mlp_in(tokens)
+        mlp_in = replace_mlp_in(residual) if replace_mlp_in else residual
+        mlp_out = self.frozen_mlp(mlp_in.flatten(0, 1)).unflatten(0, tokens.shape)
+        return (residual + (replace_mlp_out(mlp_out) if replace_mlp_out else mlp_out)) @ self.embedding.T
+
+
+class Batches:
+    """A sized loader with a state, as the real one; batch i depends on i only."""
+
+    def __init__(self, num_batches: int) -> None:
+        self.num_batches, self.next_batch = num_batches, 0
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[Tensor]:
+        while self.next_batch < self.num_batches:
+            self.next_batch += 1
+            yield torch.randn(16, D_MODEL, generator=torch.Generator().manual_seed(self.next_batch))
+
+    def state_dict(self) -> dict[str, int]:
+        return {"next_batch": self.next_batch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.next_batch = state["next_batch"]
+
+
+class ToyData(lightning.LightningDataModule):
+    def __init__(self, num_batches: int) -> None:
+        super().__init__()
+        self.num_batches = num_batches
+        self.language_model = ToyLanguageModel()
+        self.tokenizer: Any = None
+        self.frozen_mlp = self.language_model.frozen_mlp
+        self.val_tokens = torch.randint(VOCAB, (6, SEQ), generator=torch.Generator().manual_seed(4))
+
+    def included(self, tokens: Tensor) -> Tensor:
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        mask[:, 0] = False
+        return mask
+
+    def train_dataloader(self) -> Batches:
+        return Batches(self.num_batches)
+
+
+def make_module(total_steps: int, **jacobian: Any) -> JSAEModule:
+    sae: dict[str, Any] = {"d_sae": D_SAE, "d_sae_output": None, "k": K, "k_output": None, "subtract_b_dec": False}
+    sae |= {"mse_output_coef": 2.0, "auxk_coef": 0.0, "auxk_k": None, "dead_after_tokens": 100}
+    penalty = {"penalty": "l1", "params": {}, "coef": 0.5, "at": "input", "warmup_fraction": 0.5} | jacobian
+    optim = {"lr": 1e-2, "betas": [0.9, 0.999], "warmup_fraction": 0.0, "decay_fraction": 0.0}
+    return JSAEModule(d_model=D_MODEL, sae=sae, jacobian=penalty, optim=optim, total_steps=total_steps, seed=0)
+
+
+def make_trainer(
+    folder: Path, callbacks: list[Callback], steps: int = 5, accumulate: int = 1, **kwargs: Any
+) -> Trainer:
+    return Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_steps=steps,
+        max_epochs=-1,
+        accumulate_grad_batches=accumulate,
+        logger=kwargs.pop("logger", [ResumableCSVLogger(folder / "csv"), ResumableTensorBoardLogger(folder / "tb")]),
+        callbacks=callbacks,
+        enable_checkpointing=any(isinstance(callback, Checkpointing) for callback in callbacks),
+        enable_progress_bar=any(isinstance(callback, TrainingProgress) for callback in callbacks),
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        **kwargs,
+    )
+
+
+def fit(folder: Path, callbacks: list[Callback], steps: int = 5, accumulate: int = 1, **kwargs: Any) -> Trainer:
+    trainer = make_trainer(folder, callbacks, steps, accumulate, **kwargs)
+    trainer.fit(make_module(steps), datamodule=ToyData(steps * accumulate))
+    return trainer
+
+
+def evaluation(every_n_steps: int | None = 2) -> InTrainingEvaluation:
+    return InTrainingEvaluation(every_n_steps, batch_sequences=4, jacobian_tokens=20, num_sequences=None)
+
+
+def checkpointing(folder: Path, every_n_steps: int | None = None) -> Checkpointing:
+    return Checkpointing(
+        str(folder / "checkpoints"), every_minutes=None, every_n_steps=every_n_steps, best_metric=None, best_mode="min"
+    )
+
+
+def read_board(folder: Path) -> EventAccumulator:
+    """All that is in the event files, duplicates included."""
+    everything = {"scalars": 0, "images": 0, "histograms": 0}
+    return EventAccumulator(str(folder / "tb"), size_guidance=everything, purge_orphaned_data=False).Reload()
+
+
+def scalar_steps(folder: Path, tag: str) -> list[int]:
+    """The steps of a tag in TensorBoard, which the CSV must agree with."""
+    steps = [event.step for event in read_board(folder).Scalars(tag)]
+    header, *lines = (line.split(",") for line in (folder / "csv" / "metrics.csv").read_text().splitlines())
+    assert steps == [int(line[0]) for line in lines if line[header.index(tag)]]
+    return steps
+
+
+class Recorder(Callback):
+    """Notes what an evaluation must not touch, after every micro-batch."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        flags = [member.training for member in pl_module.modules()]
+        gradients = [p.grad is None or p.grad.clone() for p in pl_module.parameters()]
+        self.seen.append((flags, torch.get_rng_state(), torch.is_grad_enabled(), gradients))
+
+
+@pytest.mark.usefixtures("quick_maps")
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_evaluating_and_drawing_leave_training_as_it_is(tmp_path: Path, accumulate: int) -> None:
+    plain, watched = Recorder(), Recorder()
+    without = fit(tmp_path / "a", [plain], accumulate=accumulate)
+    callbacks = [evaluation(1), JacobianHistograms(1, 1, 0), Throughput(), watched]
+    with_all = fit(tmp_path / "b", callbacks, accumulate=accumulate)
+    first, second = (trainer.lightning_module.state_dict() for trainer in (without, with_all))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert len(plain.seen) == len(watched.seen) == 5 * accumulate
+    for one, other in zip(plain.seen, watched.seen, strict=True):
+        assert one[0] == other[0]
+        assert torch.equal(one[1], other[1])
+        assert one[2] is other[2] is True
+        assert all(x is y or torch.equal(x, y) for x, y in zip(one[3], other[3], strict=True))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_evaluation_comes_at_its_interval_and_at_the_end_once(tmp_path: Path, accumulate: int) -> None:
+    trainer = fit(tmp_path, [callback := evaluation(2)], accumulate=accumulate)
+    assert scalar_steps(tmp_path, "val/loss") == [2, 4, 5]
+    assert scalar_steps(tmp_path, "train/loss") == [1, 2, 3, 4, 5]
+    assert callback.last_step == 5
+    assert callback.last is not None
+    assert float(trainer.callback_metrics["val/loss"]) == pytest.approx(callback.last.metrics["val/loss"])
+
+
+def test_without_an_interval_only_the_end_is_evaluated(tmp_path: Path) -> None:
+    fit(tmp_path, [evaluation(None)])
+    assert scalar_steps(tmp_path, "val/ce_score_both") == [5]
+
+
+def test_val_loss_has_the_final_weights(tmp_path: Path) -> None:
+    fit(tmp_path, [callback := evaluation(1)], steps=2)
+    assert callback.last is not None
+    metrics = callback.last.metrics
+    expected = metrics["val/mse_input"] + 2.0 * metrics["val/mse_output"] + 0.5 * metrics["jacobian/mean_abs"]
+    assert metrics["val/loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_num_sequences_takes_the_first_ones(tmp_path: Path) -> None:
+    data = ToyData(2)
+    few = InTrainingEvaluation(None, batch_sequences=4, jacobian_tokens=None, num_sequences=2)
+    make_trainer(tmp_path / "a", [few], 2).fit(make_module(2), datamodule=data)
+    data = ToyData(2)
+    data.val_tokens = data.val_tokens[:2]
+    every = InTrainingEvaluation(None, batch_sequences=4, jacobian_tokens=None, num_sequences=None)
+    make_trainer(tmp_path / "b", [every], 2).fit(make_module(2), datamodule=data)
+    assert few.last is not None
+    assert every.last is not None
+    assert few.last.metrics == every.last.metrics
+
+
+class StopAt(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        trainer.should_stop = trainer.global_step >= self.step
+
+
+def test_a_run_that_stops_early_is_evaluated_at_its_end(tmp_path: Path) -> None:
+    fit(tmp_path, [evaluation(2), JacobianHistograms(1, 1, 0), StopAt(3)])
+    assert scalar_steps(tmp_path, "val/loss") == [2, 3]
+    images = read_board(tmp_path).Images("jacobian_heat_map/0_abs")
+    assert [image.step for image in images] == [2, 3]
+
+
+@pytest.mark.usefixtures("quick_maps")
+def test_resumed_and_finished_runs_log_and_draw_nothing_twice(tmp_path: Path) -> None:
+    def others() -> list[Callback]:
+        return [Throughput(), JacobianHistograms(1, 1, 0), checkpointing(tmp_path)]
+
+    fit(tmp_path, [evaluation(2), *others(), StopAt(4)], steps=6)
+    for _ in range(2):  # goes on from step 4, then has nothing left to do
+        trainer = make_trainer(tmp_path, [again := evaluation(2), *others()], steps=6)
+        checkpoint = str(tmp_path / "checkpoints" / "last.ckpt")
+        trainer.fit(make_module(6), datamodule=ToyData(6), ckpt_path=checkpoint)
+        assert again.last is not None
+        assert again.last_step == 6
+    assert scalar_steps(tmp_path, "val/loss") == [2, 4, 6]
+    assert scalar_steps(tmp_path, "train/loss") == [1, 2, 3, 4, 5, 6]
+    board = read_board(tmp_path)
+    assert [event.step for event in board.Images("jacobian_heat_map/0_abs")] == [2, 4, 6]
+    assert [event.step for event in board.Histograms("jacobian/log10_abs")] == [2, 4, 6]
+
+
+@pytest.mark.usefixtures("quick_maps")
+def test_pictures_in_tensorboard(tmp_path: Path) -> None:
+    fit(tmp_path, [callback := evaluation(1), JacobianHistograms(2, num_heatmap_tokens=2, seed=0)], steps=4)
+    board = read_board(tmp_path)
+    maps = {f"jacobian_heat_map/{i}_{kind}" for i in range(2) for kind in ("abs", "rms_normalized")}
+    assert set(board.Tags()["images"]) == maps
+    assert callback.last is not None
+    for tag in maps:
+        assert [image.step for image in board.Images(tag)] == [1, 3, 4], "every second one and the last"
+    for tag, counts in (
+        ("jacobian/log10_abs", callback.last.abs_histogram),
+        ("jacobian/log10_abs_rms_normalized", callback.last.rms_histogram),
+    ):
+        histogram = board.Histograms(tag)[-1].histogram_value
+        assert sum(histogram.bucket) == counts[1:].sum() > 0, "all but the exact zeros"
+        assert -8 < histogram.min < histogram.max < 3
+    for name, rates in (("input", callback.last.firing_rate_input), ("output", callback.last.firing_rate_output)):
+        histogram = board.Histograms(f"val/log10_firing_rate_{name}")[-1].histogram_value
+        assert sum(histogram.bucket) == (rates > 0).sum() > 0
+        assert histogram.min <= rates[rates > 0].log10().min() <= histogram.min + 0.11
+
+
+def test_heat_maps_shuffle_latents_but_keep_their_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A J that falls along TopK's order must not look like a gradient, and a step must look like the next."""
+    drawn: list[Tensor] = []
+    ramp = torch.linspace(1.0, 2.0, K)
+    fake = SimpleNamespace(values=(ramp[:, None] * ramp[None, :]).expand(1, K, K))
+
+    def fake_jacobian(pair: Any, mlp: Any, mlp_in: Tensor, at: str) -> Any:
+        drawn.append(mlp_in)
+        return fake
+
+    def fake_map(values: Tensor, **kwargs: Any) -> bytes:
+        drawn.append(values)
+        return PNG
+
+    monkeypatch.setattr(jacobian_histograms, "jacobian", fake_jacobian)
+    monkeypatch.setattr(jacobian_histograms, "jacobian_heat_map", fake_map)
+    fit(tmp_path, [evaluation(1), JacobianHistograms(1, 1, seed=1)], steps=2)
+    first, raw, _, second, raw_again, _ = drawn
+    assert torch.equal(first, second)
+    assert torch.equal(raw, raw_again)
+    assert torch.equal(raw.flatten().sort().values, fake.values.flatten().sort().values)
+    assert not torch.equal(raw[:, 0], raw[:, 0].sort().values)
+    assert not torch.equal(raw[0], raw[0].sort().values)
+
+
+def test_heat_map_tokens_are_included_ones_with_their_context() -> None:
+    data = ToyData(1)
+    mlp_in, titles = jacobian_histograms.heat_map_tokens(data, 2)
+    assert torch.equal(mlp_in, data.language_model.embedding[data.val_tokens[:2, 5]])  # positions 1 to 8 count
+    assert titles[1] == f"held-out sequence 1, position 5: token {data.val_tokens[1, 5]}"
+    data.tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
+    _, titles = jacobian_histograms.heat_map_tokens(data, 1)
+    before = " ".join(map(str, data.val_tokens[0, :5].tolist()))
+    assert titles == [f"{before}[{data.val_tokens[0, 5]}]"]
+
+
+def test_drawing_needs_an_evaluation_before_it_but_no_tensorboard(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="InTrainingEvaluation"):
+        fit(tmp_path, [JacobianHistograms(1, 1, 0), evaluation(1)])
+    fit(tmp_path, [evaluation(1), JacobianHistograms(1, 1, 0)], steps=1, logger=[])
+
+
+def test_titles_of_any_text_fit_one_line_and_any_font() -> None:
+    title = token_title("x" * 100 + "\n\t$a_{", " \u4e2d\u6587\n")
+    assert title.startswith("...x")
+    assert title.endswith("x\\n\\t$a_{[ \u4e2d\u6587\\n]")
+    assert len(title) <= 70
+    assert printable("caf\u00e9 \u4e2d\n") == "caf\u00e9 \\u4e2d\\n"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert jacobian_heat_map(torch.zeros(3, 2), title=title, label="|J|", limits=(0.1, 1.0))[:4] == b"\x89PNG"
+
+
+def test_heat_map_colours_depend_on_fixed_limits_only() -> None:
+    """Scaling J must change the picture; a value beyond the limits must look like the limit."""
+    values = torch.tensor([[0.5, 0.05], [0.0, 2.0]])
+
+    def draw(values: Tensor) -> bytes:
+        return jacobian_heat_map(values, title="t", label="|J|", limits=(1e-3, 1.0))
+
+    assert draw(values) == draw(-values)
+    assert draw(values) != draw(values / 2)
+    assert draw(values) == draw(values.clamp(max=1.0))
+    assert draw(values) != draw(values.clamp(min=1e-3)), "an inactive entry looks like a small one"
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """A clock that stands still until it is told otherwise."""
+    now = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    return lambda seconds: now.__setitem__(0, now[0] + seconds)
+
+
+class Spend(Callback):
+    """Lets a second pass in every micro-batch, and ten in a pause after every optimizer step's."""
+
+    def __init__(self, clock: Callable[[float], None]) -> None:
+        self.clock = clock
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.clock(1.0)
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        with paused(trainer):
+            self.clock(10.0)
+
+
+@pytest.mark.parametrize("throughput_is_first", [True, False])
+def test_throughput_leaves_pauses_out(
+    tmp_path: Path, clock: Callable[[float], None], throughput_is_first: bool
+) -> None:
+    callbacks: list[Callback] = [Spend(clock), throughput := Throughput()]
+    fit(tmp_path, callbacks[::-1] if throughput_is_first else callbacks, steps=3, accumulate=2)
+    board = read_board(tmp_path)
+    # 16 tokens a second
+    assert [event.value for event in board.Scalars("time/tokens_per_second")] == [16.0] * 3
+    seconds = [12.0, 34.0, 56.0] if throughput_is_first else [22.0, 44.0, 66.0]
+    assert [event.value for event in board.Scalars("time/seconds")] == seconds
+    assert throughput.final_metrics() == {
+        "time/tokens_per_second": 16.0,
+        "time/seconds": 66.0,
+        "time/paused_seconds": 60.0,
+    }
+
+
+def test_throughput_of_a_resumed_run_counts_both_parts(tmp_path: Path, clock: Callable[[float], None]) -> None:
+    fit(tmp_path, [Throughput(), Spend(clock), StopAt(2), checkpointing(tmp_path)], steps=6)
+    clock(1e6)  # the time between the two is no training
+    trainer = make_trainer(tmp_path, [throughput := Throughput(), Spend(clock), checkpointing(tmp_path)], steps=6)
+    trainer.fit(make_module(6), datamodule=ToyData(6), ckpt_path=str(tmp_path / "checkpoints" / "last.ckpt"))
+    assert throughput.final_metrics() == {
+        "time/tokens_per_second": 16.0,
+        "time/seconds": 66.0,
+        "time/paused_seconds": 60.0,
+    }
+
+
+def progress_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.name == "jsae_lightning.callbacks.progress"]
+
+
+def test_progress_lines(tmp_path: Path, clock: Callable[[float], None], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    fit(tmp_path, [Spend(clock), Throughput(), TrainingProgress(2, None, "auto")])
+    lines = progress_lines(caplog)
+    assert [line.split()[1] for line in lines] == ["2/5", "4/5", "5/5"]
+    assert all(part in lines[0] for part in ("loss ", "EV in ", "out ", "16 tok/s", "left 0:00:33"))
+    caplog.clear()
+    fit(tmp_path / "by_time", [Spend(clock), TrainingProgress(None, 30.0, "lines")])
+    assert [line.split()[1] for line in progress_lines(caplog)] == ["3/5", "5/5"]
+
+
+def test_progress_of_another_rank_is_silent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    progress = TrainingProgress(1, None, "lines")
+    progress.disable()
+    fit(tmp_path, [progress])
+    assert progress_lines(caplog) == []
+
+
+def test_progress_bar_prints_log_lines_above_itself(
+    tmp_path: Path, clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr("sys.stdout", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    handler = logging.StreamHandler(terminal)
+    logging.getLogger().addHandler(handler)
+
+    class Say(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 3:
+                logging.getLogger("test").info("a line in between")
+
+    try:
+        fit(tmp_path, [Spend(clock), Throughput(), TrainingProgress(1, 1.0, "auto"), Say()])
+    finally:
+        logging.getLogger().removeHandler(handler)
+    assert handler.stream is terminal, "the real stream is restored"
+    text = Console(file=io.StringIO()).render_str(terminal.getvalue()).plain
+    assert "5/5" in text
+    assert "16 tok/s" in text
+    assert "left 0:00:00" in text
+    assert any(line.rstrip().endswith("a line in between") for line in text.splitlines())
+    assert progress_lines(caplog) == [], "no lines beside a bar"
+
+
+def test_steps_are_those_of_the_optimizer(tmp_path: Path) -> None:
+    """Three micro-batches a step: once a step, after its last one."""
+    calls = itertools.count()
+
+    class Count(TrainingProgress):
+        def on_step_end(self, trainer: Any, pl_module: Any, step: int) -> None:
+            assert step == next(calls) + 1
+
+    fit(tmp_path, [Count(None, None, "lines")], steps=3, accumulate=3)
+    assert next(calls) == 3

@@ -1,0 +1,131 @@
+"""Exports: round trip, and refusal of everything damaged or foreign."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from factories import make_pair, make_x
+from jsae_lightning.checkpoint import find_checkpoint, load_pair, locate_model, portable_name, read_checkpoint
+from jsae_lightning.errors import UserError
+from jsae_lightning.sae import SAEPair
+
+
+@pytest.fixture
+def export(tmp_path):
+    return make_pair(d_sae_output=40, k_output=6).float().save(tmp_path / "pair", metadata={"tokens_seen": 7})
+
+
+def test_round_trip(export):
+    pair = make_pair(d_sae_output=40, k_output=6).float()
+    loaded = SAEPair.load(export)
+    for name, tensor in pair.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert (loaded.output_sae.k, loaded.output_sae.d_sae) == (6, 40)
+    x = make_x().float()
+    assert torch.equal(loaded.input_sae(x)[0], pair.input_sae(x)[0])
+
+
+def test_format(export):
+    """The keys and shapes that other tools rely on, and no pickle."""
+    tensors = load_file(export / "model.safetensors")
+    assert {name: list(t.shape) for name, t in tensors.items() if name.startswith("output")} == {
+        "output_sae.W_enc": [10, 40],
+        "output_sae.b_enc": [40],
+        "output_sae.W_dec": [40, 10],
+        "output_sae.b_dec": [10],
+    }
+    config = json.loads((export / "config.json").read_text())
+    assert config["format_version"] == 1 and config["tokens_seen"] == 7
+    assert config["output_sae"] == {"d_model": 10, "d_sae": 40, "k": 6, "subtract_b_dec": False}
+    assert {path.name for path in export.iterdir()} == {"model.safetensors", "config.json", "README.md"}
+
+
+def test_saving_again_replaces_the_folder_whole(export):
+    (export / "old").write_text("gone afterwards")
+    make_pair().save(export)
+    assert load_pair(export).output_sae.d_sae == 32
+    assert not (export / "old").exists()
+    assert [path.name for path in export.parent.iterdir()] == ["pair"]
+
+
+def _edit(export, change):
+    tensors = load_file(export / "model.safetensors")
+    change(tensors)
+    save_file(tensors, export / "model.safetensors")
+
+
+DAMAGE = {
+    "missing tensor": (lambda t: t.pop("input_sae.b_dec"), "input_sae.b_dec is missing"),
+    "wrong shape": (lambda t: t.update({"input_sae.b_dec": torch.zeros(3)}), r"input_sae.b_dec has shape \[3\]"),
+    "NaN": (lambda t: t["output_sae.W_dec"].fill_(float("nan")), "output_sae.W_dec has NaN"),
+    "Inf": (lambda t: t["output_sae.b_enc"].fill_(float("inf")), "output_sae.b_enc has NaN or inf"),
+    "foreign tensor": (lambda t: t.update({"gate": torch.zeros(1)}), "unknown tensor gate"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_tensors_are_refused(damage, export):
+    change, message = DAMAGE[damage]
+    _edit(export, change)
+    with pytest.raises(UserError, match=f"model.safetensors.*{message}"):
+        load_pair(export)
+
+
+def test_truncated_file_is_refused(export):
+    path = export / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(UserError, match="truncated"):
+        load_pair(export)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "no valid JSON"),
+        ('{"format_version": 9}', "format_version 9"),
+        ('{"format_version": 1}', "input_sae.d_model"),
+    ],
+)
+def test_bad_config_is_refused(content, message, export):
+    (export / "config.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_pair(export)
+
+
+def test_missing_folder_is_refused(tmp_path):
+    with pytest.raises(UserError, match="there is no such file"):
+        load_pair(tmp_path / "nowhere")
+
+
+def test_checkpoint_with_code_is_not_executed(tmp_path):
+    path, marker = tmp_path / "evil.ckpt", tmp_path / "executed"
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(marker), "w"))
+
+    torch.save({"state_dict": Evil()}, path)
+    with pytest.raises(UserError, match="not executed"):
+        read_checkpoint(path)
+    assert not marker.exists()
+
+
+def test_find_checkpoint_prefers_last(tmp_path):
+    assert find_checkpoint(tmp_path) is None
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("step_0000009.ckpt", "step_0000010.ckpt"):
+        (tmp_path / "checkpoints" / name).touch()
+    assert find_checkpoint(tmp_path).name == "step_0000010.ckpt"
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    assert find_checkpoint(tmp_path).name == "last.ckpt"
+
+
+def test_the_embedded_model_has_a_portable_name():
+    from jsae_lightning.tiny_lm import WEIGHTS
+
+    name = portable_name(str(WEIGHTS))
+    assert name == "package:tiny_lm/weights"
+    assert locate_model(name) == str(WEIGHTS)
+    assert portable_name("EleutherAI/pythia-70m") == locate_model("EleutherAI/pythia-70m") == "EleutherAI/pythia-70m"

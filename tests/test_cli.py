@@ -1,0 +1,225 @@
+"""The command line: bad input gets exit code 2 and one line; start-up loads nothing heavy."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from jsae_lightning import train as train_module
+from running import toy_overrides, train, write_documents
+from tiny_models import make_model_dir
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("material")
+    return make_model_dir("gpt_neox", folder / "model"), write_documents(folder / "text.txt")
+
+
+@pytest.fixture
+def refusal(monkeypatch, capsys, tmp_path, material):
+    """Run the command line in this process and return the one line that it refuses with."""
+
+    def refuse(*arguments: str, toy: bool = True) -> str:
+        base = toy_overrides(*material, tmp_path / "run") if toy else [f"hydra.run.dir={tmp_path / 'run'}"]
+        GlobalHydra.instance().clear()
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["jsae-train", *base, *arguments])
+        with pytest.raises(SystemExit) as stop:
+            train_module.main()
+        lines = [line for line in capsys.readouterr().err.splitlines() if "jsae-train: error:" in line]
+        assert stop.value.code == 2
+        assert len(lines) == 1
+        return lines[0]
+
+    return refuse
+
+
+# The override, and what the message must name: key, value found, remedy.
+BAD_CONFIG = [
+    ("sae.kk=3", ["kk", "correct the key"]),
+    ("seeed=3", ["seeed", "correct the key"]),
+    ("trainer.max_stepz=3", ["max_stepz", "correct the key"]),
+    ("+trainer.max_stepz=3", ["trainer.max_stepz", "no such argument"]),
+    ("+callbacks.evaluation.everyy=3", ["callbacks.evaluation.everyy", "no such argument"]),
+    ("model=pythia-71m", ["pythia-71m", "pythia-70m"]),
+    ("nosuchgroup=x", ["nosuchgroup"]),
+    ("sae.k=many", ["sae.k", "many"]),
+    ("seed=abc", ["seed", "abc"]),
+    ("sae.k=0", ["sae.k", "0", "positive"]),
+    ("sae.k=65", ["sae.k", "65", "64", "lower"]),
+    ("sae.k_output=65", ["sae.k_output", "65", "64"]),
+    ("model.layer=3", ["model.layer", "3", "0 to 2"]),
+    ("model.layer=-1", ["model.layer", "-1"]),
+    ("model.path=nowhere", ["model.path", "nowhere"]),
+    ("model.name=some/model", ["model.name", "some/model", "one of them"]),
+    ("model.dtype=int8", ["model.dtype", "int8", "float32"]),
+    ("data.path=nowhere.txt", ["data.path", "nowhere.txt"]),
+    ("data.source=sqlite", ["data.source", "sqlite", "parquet"]),
+    ("data.context_length=65", ["data.context_length", "65", "64"]),
+    ("data.batch_tokens=63 trainer.accumulate_grad_batches=2", ["data.batch_tokens", "63", "2"]),
+    ("data.val_fraction=2", ["data.val_fraction", "2"]),
+    ("jacobian.coef=high", ["jacobian.coef", "high"]),
+    ("jacobian.coef=-1", ["jacobian.coef", "-1"]),
+    ("jacobian.penalty=l2", ["jacobian.penalty", "l2", "hoyer"]),
+    ("jacobian.penalty=hoyer", ["jacobian.coef", "auto", "hoyer"]),
+    ("jacobian.params={power:2}", ["power", "l1"]),
+    ("jacobian.at=output", ["jacobian.at", "output", "reconstruction"]),
+    ("optim.decay_fraction=1 optim.warmup_fraction=0.1", ["optim.decay_fraction", "overlap"]),
+    ("kernels=fast", ["kernels", "fast", "reference"]),
+    ("trainer.devices=auto", ["trainer.devices", "auto"]),
+    ("trainer.max_steps=0", ["trainer.max_steps", "0"]),
+    ("ckpt_path=nowhere.ckpt", ["ckpt_path", "nowhere.ckpt"]),
+    ("checkpoint.best_mode=most", ["checkpoint.best_mode", "most", "min"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "parts"), BAD_CONFIG, ids=[arguments for arguments, _ in BAD_CONFIG])
+def test_bad_configuration_is_refused_before_a_model_loads(arguments, parts, refusal, monkeypatch):
+    from jsae_lightning.language_model import LanguageModel
+
+    monkeypatch.setattr(LanguageModel, "load", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    message = refusal(*arguments.split(" "))
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    "content", ["seeed: 7", "sae:\n  kk: 7", "trainer:\n  max_stepz: 7", "callbacks:\n  evaluation:\n    everyy: 7"]
+)
+def test_typo_in_an_experiment_file_is_refused(content, refusal, tmp_path):
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    (tmp_path / "own" / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{content}\n")
+    message = refusal(f"--config-dir={tmp_path / 'own'}", "experiment=mine", toy=False)
+    assert content.split()[-2].rstrip(":") in message
+
+
+def test_own_experiment_from_config_dir_trains(material, tmp_path):
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    (tmp_path / "own" / "experiment" / "mine.yaml").write_text("# @package _global_\nsae:\n  k: 2\n")
+    overrides = [o for o in toy_overrides(*material, tmp_path / "run") if not o.startswith(("experiment", "sae.k"))]
+    arguments = [f"--config-dir={tmp_path / 'own'}", "experiment=mine", *overrides, "data.train_tokens=128"]
+    output = tmp_path / "output"
+    assert train(arguments, output=output) == 0, output.read_text()
+    import json
+
+    assert json.loads((tmp_path / "run" / "sae_pair" / "config.json").read_text())["input_sae"]["k"] == 2
+
+
+BAD_DATA = {
+    "empty file": ("", ["text.txt", "data"]),
+    "too small": ("a b c", ["data"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_unusable_text_is_refused(case, refusal, tmp_path):
+    content, parts = BAD_DATA[case]
+    (tmp_path / "text.txt").write_text(content)
+    message = refusal(f"data.path={tmp_path / 'text.txt'}")
+    for part in parts:
+        assert part in message
+
+
+def test_dataset_without_text_or_tokens_names_its_columns(refusal, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"label": 1, "title": "x"}\n')
+    message = refusal("data=jsonl", f"data.path={tmp_path / 'rows.jsonl'}")
+    assert "label" in message and "title" in message
+
+
+def test_tokens_of_another_vocabulary_are_refused(refusal, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("\n".join('{"input_ids": [1, 2, 50000]}' for _ in range(200)))
+    message = refusal("data=jsonl", f"data.path={tmp_path / 'rows.jsonl'}")
+    assert "50000" in message and "vocabulary" in message
+
+
+def test_mixture_of_experts_is_refused(refusal, tmp_path):
+    message = refusal(f"model.path={make_model_dir('mixtral', tmp_path / 'moe')}")
+    assert "expert" in message.lower()
+
+
+def test_output_folder_that_cannot_be_written(refusal, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    message = refusal(f"hydra.run.dir={tmp_path / 'file' / 'run'}")
+    assert str(tmp_path / "file") in message
+
+
+def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(material, tmp_path):
+    run, output = tmp_path / "run", tmp_path / "output"
+    code = train([*toy_overrides(*material, run), "trainer.log_every_n_steps=100"], output=output, fault=_nan_at_10)
+    assert code == 2
+    assert "optimizer step 10" in output.read_text().strip().splitlines()[-1]
+    import torch
+
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 8
+    assert all(torch.isfinite(tensor).all() for tensor in checkpoint["state_dict"].values())
+
+
+def _nan_at_10() -> None:
+    from jsae_lightning.module import JSAEModule
+
+    original = JSAEModule.training_step
+
+    def training_step(self, mlp_in, batch_idx):
+        return original(self, mlp_in * float("nan") if batch_idx == 9 else mlp_in, batch_idx)
+
+    JSAEModule.training_step = training_step
+
+
+def test_disk_full_during_a_save_keeps_the_earlier_checkpoint(material, tmp_path):
+    run, output = tmp_path / "run", tmp_path / "output"
+    assert train(toy_overrides(*material, run), output=output, fault=_disk_full_at_third_save) == 2
+    last = output.read_text().strip().splitlines()[-1]
+    assert "disk is full" in last and "last.ckpt" in last
+    import torch
+
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 7
+    assert not list((run / "checkpoints").glob("*.tmp"))
+
+
+def _disk_full_at_third_save() -> None:
+    import errno
+
+    import torch
+
+    original, calls = torch.save, []
+
+    def save(state, path):
+        calls.append(1)
+        if len(calls) == 3:
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(state, path)
+
+    torch.save = save
+
+
+def test_help_and_configuration_errors_import_nothing_heavy():
+    code = (
+        "import sys; sys.argv = ['jsae-train', '--cfg', 'job']; from jsae_lightning.train import main; main(); "
+        "heavy = {'torch', 'lightning', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules); "
+        "assert not heavy, heavy"
+    )
+    paths = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": paths},
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_sweep_runs_each_job_as_its_own_process(material, tmp_path):
+    """One job fails on its value; the others finish, and the exit code tells."""
+    overrides = [o for o in toy_overrides(*material, tmp_path) if not o.startswith(("hydra.run.dir", "sae.k"))]
+    arguments = ["-m", *overrides, "data.train_tokens=128", "sae.k=2,999,4", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    output = tmp_path / "output"
+    assert train(arguments, output=output) != 0
+    finished = sorted(path.parent.name for path in (tmp_path / "sweep").glob("*/metrics.json"))
+    assert finished == ["0", "2"], output.read_text()

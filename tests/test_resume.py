@@ -1,0 +1,214 @@
+"""A run that is killed and resumed equals one that was left alone, bit for bit."""
+
+import csv
+import functools
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from running import kill_self, toy_overrides, train, write_documents
+from tiny_models import make_model_dir
+
+MOMENTS = ["first_step", "inside_block", "block_boundary", "evaluation", "checkpoint_write", "after_rename", "random"]
+
+
+def _patch(owner: str, name: str, call: int, *, after: bool = False) -> None:
+    """Make the `call`-th call of a function kill the process, before or after its work."""
+    import importlib
+
+    module_name, _, class_name = owner.partition(":")
+    holder = importlib.import_module(module_name)
+    if class_name:
+        holder = getattr(holder, class_name)
+    original, calls = getattr(holder, name), []
+
+    @functools.wraps(original)
+    def killing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call and not after:
+            kill_self()
+        result = original(*args, **kwargs)
+        if len(calls) == call:
+            kill_self()
+        return result
+
+    setattr(holder, name, killing)
+
+
+def _half_written_checkpoint(call: int) -> None:
+    """Write half of the `call`-th checkpoint's bytes, then die."""
+    import io
+
+    from jsae_lightning import checkpoint
+
+    original, calls = torch.save, []
+
+    def save(state, path):
+        calls.append(1)
+        if len(calls) < call:
+            return original(state, path)
+        buffer = io.BytesIO()
+        original(state, buffer)
+        Path(path).write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
+        return kill_self()
+
+    checkpoint.torch.save = save
+
+
+_STEP = ("jsae_lightning.module:JSAEModule", "training_step")
+FAULTS = {
+    "first_step": functools.partial(_patch, *_STEP, 1),
+    "inside_block": functools.partial(_patch, *_STEP, 14),
+    "block_boundary": functools.partial(_patch, "jsae_lightning.activation_buffer:ActivationLoader", "_fill", 3),
+    "evaluation": functools.partial(_patch, "jsae_lightning.evaluation", "_jacobian_sums", 4),
+    "checkpoint_write": functools.partial(_half_written_checkpoint, 4),
+    "after_rename": functools.partial(_patch, "jsae_lightning.checkpoint", "write_checkpoint", 3, after=True),
+    "random": functools.partial(_patch, *_STEP, random.Random().randint(2, 24)),
+}
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("material")
+    return make_model_dir("gpt_neox", folder / "model"), write_documents(folder / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(material, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    output = folder / "output"
+    assert train(toy_overrides(*material, folder / "run"), output=output) == 0, output.read_text()
+    return folder / "run"
+
+
+def _checkpoint(run: Path) -> dict:
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def _rows(run: Path) -> list[dict[str, str]]:
+    with (run / "csv" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+
+def _scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+    from tensorboard.util.tensor_util import make_ndarray
+
+    found: dict[str, list[tuple[int, float]]] = {}
+    for path in sorted((run / "tensorboard").glob("events*")):
+        for event in LegacyEventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                if value.HasField("simple_value"):
+                    found.setdefault(value.tag, []).append((event.step, value.simple_value))
+                elif value.HasField("tensor") and value.tensor.dtype == 1:
+                    found.setdefault(value.tag, []).append((event.step, float(make_ndarray(value.tensor))))
+    return {tag: sorted(values) for tag, values in found.items() if not tag.startswith("time/")}
+
+
+def _assert_same(left, right, where: str) -> None:
+    """Compare nested state exactly; figures of time may differ."""
+    if isinstance(left, dict):
+        assert left.keys() == right.keys(), where
+        for key in left:
+            if "Throughput" not in str(key):
+                _assert_same(left[key], right[key], f"{where}.{key}")
+    elif isinstance(left, torch.Tensor):
+        assert torch.equal(left, right), where
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right), where
+        for index, pair in enumerate(zip(left, right, strict=True)):
+            _assert_same(*pair, f"{where}[{index}]")
+    else:
+        both_nan = isinstance(left, float) and isinstance(right, float) and math.isnan(left) and math.isnan(right)
+        assert left == right or both_nan, f"{where}: {left} != {right}"
+
+
+def _assert_same_run(run: Path, expected: Path) -> None:
+    _assert_same(_checkpoint(run), _checkpoint(expected), "checkpoint")
+    assert _rows(run) == _rows(expected)
+    scalars = _scalars(run)
+    assert scalars == _scalars(expected)
+    assert all(len({step for step, _ in values}) == len(values) for values in scalars.values()), "logged twice"
+
+
+def test_the_reference_run_logs_every_step(uninterrupted):
+    rows = _rows(uninterrupted)
+    assert [row["step"] for row in rows] == [str(step) for step in range(1, 25)]
+    assert [row["step"] for row in rows if row["val/loss"]] == ["7", "14", "21", "24"]
+    assert _checkpoint(uninterrupted)["state_dict"]["tokens_seen"] == 1536
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_and_resumed_equals_uninterrupted(moment, material, uninterrupted, tmp_path):
+    run, output = tmp_path / "run", tmp_path / "output"
+    assert train(toy_overrides(*material, run), output=output, fault=FAULTS[moment]) == -9
+    assert not (run / "metrics.json").exists()
+    # The folder alone says how to go on: no override is repeated.
+    assert train(["ckpt_path=auto", f"hydra.run.dir={run}"], output=output) == 0, output.read_text()
+    _assert_same_run(run, uninterrupted)
+
+
+@pytest.mark.slow
+def test_killed_twice_while_streaming_equals_uninterrupted(material, tmp_path):
+    """A streamed data set, whose position is a part of the checkpoint."""
+    from datasets import Dataset
+
+    model, text = material
+    stream = tmp_path / "stream"
+    for shard in range(3):
+        documents = text.read_text().split("\n\n")[shard::3]
+        Dataset.from_dict({"text": documents}).to_parquet(str(stream / f"train-{shard}.parquet"))
+
+    def overrides(run: Path) -> list[str]:
+        kept = [o for o in toy_overrides(model, text, run) if not o.startswith(("data=", "data.path", "data.document"))]
+        return [*kept, "data=hub", f"data.name={stream}", "data.streaming=true"]
+
+    output = tmp_path / "output"
+    assert train(overrides(tmp_path / "whole"), output=output) == 0, output.read_text()
+    run = tmp_path / "run"
+    assert train(overrides(run), output=output, fault=FAULTS["inside_block"]) == -9
+    again = ["ckpt_path=auto", f"hydra.run.dir={run}"]
+    assert train(again, output=output, fault=functools.partial(_patch, *_STEP, 5)) == -9
+    assert train(again, output=output) == 0, output.read_text()
+    _assert_same_run(run, tmp_path / "whole")
+
+
+def test_saving_and_evaluating_do_not_change_the_trajectory(material, uninterrupted, tmp_path):
+    bare = ["checkpoint.every_n_steps=null", "eval.every_n_steps=null", "~callbacks.jacobian_histograms"]
+    output = tmp_path / "output"
+    assert train(toy_overrides(*material, tmp_path / "run") + bare, output=output) == 0, output.read_text()
+    for key in ("state_dict", "optimizer_states", "lr_schedulers"):
+        _assert_same(_checkpoint(tmp_path / "run")[key], _checkpoint(uninterrupted)[key], key)
+
+
+def test_checkpoint_holds_no_language_model(uninterrupted):
+    """Only the pair's parameters, its counters and Adam's two moments; loads with weights_only=True."""
+    checkpoint = _checkpoint(uninterrupted)
+    names = set(checkpoint["state_dict"])
+    assert all(name.startswith("pair.") or "tokens" in name for name in names), names
+    parameters = sum(t.numel() * 4 for name, t in checkpoint["state_dict"].items() if name.startswith("pair."))
+    size = (uninterrupted / "checkpoints" / "last.ckpt").stat().st_size
+    assert size < 3 * parameters + 40_000
+
+
+def test_damaged_checkpoint_is_refused_in_one_line(material, uninterrupted, tmp_path):
+    whole = (uninterrupted / "checkpoints" / "last.ckpt").read_bytes()
+    damaged = tmp_path / "damaged.ckpt"
+    damaged.write_bytes(whole[: len(whole) // 2])
+    output = tmp_path / "output"
+    code = train([*toy_overrides(*material, tmp_path / "run"), f"ckpt_path={damaged}"], output=output)
+    assert code == 2
+    last = output.read_text().strip().splitlines()[-1]
+    assert last.startswith("jsae-train: error:") and str(damaged) in last and "truncated" in last
+
+
+@pytest.mark.parametrize(("override", "key"), [("sae.k=3", "sae.k"), ("optim.lr=1", "optim.lr"), ("seed=1", "seed")])
+def test_checkpoint_of_another_recipe_is_refused(override, key, material, uninterrupted, tmp_path):
+    output = tmp_path / "output"
+    checkpoint = f"ckpt_path={uninterrupted / 'checkpoints' / 'last.ckpt'}"
+    assert train([*toy_overrides(*material, tmp_path / "run"), override, checkpoint], output=output) == 2
+    assert f"was made with {key}=" in output.read_text().strip().splitlines()[-1]
