@@ -38,7 +38,7 @@ _SCALE_FREE_ROWS = (
     ("effective edges", "effective_edges", ".1f"),
     ("|J| > rms", "rms_share_above_1", ".2%"),
     ("|J| > max / 10", "max_share_above_0.1", ".2%"),
-    ("edges for 90 %", "edges_for_90", ".2f"),
+    ("edges/output for 90%", "edges_for_90", ".2f"),
     ("Hoyer", "hoyer", ".4f"),
     ("Gini", "gini", ".4f"),
 )

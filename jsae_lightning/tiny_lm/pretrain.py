@@ -142,7 +142,7 @@ def main() -> None:
     }
     model.half().save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    (args.out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    (args.out.parent / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures, indent=2))
 
 
