@@ -165,8 +165,8 @@ class ActivationLoader:
             self._block[copies[0].to(self._device)] = self._block[copies[1].to(self._device)]
             self.redrawn_tokens += copies.shape[1]
             log.info(
-                "rank %d: %d of %d tokens of the block at sequence %d were drawn twice, as special tokens left too few",
-                *(self._rank, copies.shape[1], self.geometry.tokens, self._position),
+                f"rank {self._rank}: {copies.shape[1]} of {self.geometry.tokens} tokens of the block at sequence "
+                f"{self._position} were drawn twice, as special tokens left too few"
             )
         self._is_filled = True
 
@@ -207,8 +207,8 @@ class ActivationLoader:
         if changed:
             block_start = state["micro_batch"]
             log.warning(
-                "the data go on at sequence %d of the global order, from the start of the checkpoint's block (%s)",
-                *(state["sequence_position"], ", ".join(changed)),
+                f"the data go on at sequence {state['sequence_position']} of the global order, from the start of the "
+                f"checkpoint's block ({', '.join(changed)})"
             )
         self._go_to(
             micro_batch=state["micro_batch"],

@@ -141,7 +141,7 @@ def check_architecture(cfg: DictConfig, architecture: Architecture) -> None:
 
 def build_data(cfg: DictConfig) -> ActivationDataModule:
     """Build the data module; it loads the language model in its `setup`."""
-    model = to_dict(cfg.model)
+    model, data = to_dict(cfg.model), to_dict(cfg.data)
     return ActivationDataModule(
         model={
             "name_or_path": model["path"] or model["name"],
@@ -151,7 +151,7 @@ def build_data(cfg: DictConfig) -> ActivationDataModule:
             "random_weights": model["random_weights"],
             "seed": model["random_seed"],
         },
-        data=to_dict(cfg.data),
+        data=data | {"train_tokens": int(data["train_tokens"])},
         seed=cfg.seed,
         num_micro_batches=cfg.trainer.max_steps * cfg.trainer.accumulate_grad_batches,
         micro_batch_tokens=micro_batch_tokens(cfg),

@@ -49,7 +49,7 @@ def config_dir() -> Path:
     return installed if installed.is_dir() else PACKAGE_DIR.parent / "conf"
 
 
-def num_steps(train_tokens: int, batch_tokens: int) -> int:
+def num_steps(train_tokens: int | float, batch_tokens: int) -> int:
     """Return the optimizer steps that see at least `train_tokens` tokens: ceil(train_tokens / batch_tokens)."""
     return math.ceil(train_tokens / max(1, batch_tokens))
 
@@ -185,15 +185,15 @@ def _target_nodes(node: Any, key: str) -> Iterator[tuple[str, DictConfig]]:
     if isinstance(node, DictConfig):
         if "_target_" in node:
             yield key, node
-        for name in node:
+        for name in map(str, node):
             yield from _target_nodes(node._get_node(name), f"{key}.{name}")
 
 
 def _check_constructor(key: str, node: DictConfig) -> None:
     """Compare a node's keys with the constructor's signature, read from its source without importing it."""
     known = constructor_arguments(node["_target_"])
-    for name in node:
-        if known is not None and name not in known and not str(name).startswith("_"):
+    for name in map(str, node):
+        if known is not None and name not in known and not name.startswith("_"):
             raise UserError(
                 f"{key}.{name}: {node['_target_']} has no such argument: correct the key; "
                 f"it knows {', '.join(sorted(known))}"

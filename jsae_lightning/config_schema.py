@@ -42,7 +42,7 @@ class DataConfig:
     bos: str = MISSING
     exclude_first_position: bool = MISSING
     exclude_special_tokens: bool = MISSING
-    train_tokens: int = MISSING
+    train_tokens: int | float = MISSING  # 2e6 is welcome
     batch_tokens: int = MISSING
     buffer_batches: int = MISSING
     lm_batch_sequences: int = MISSING

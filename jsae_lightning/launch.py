@@ -37,7 +37,9 @@ def exit_codes(program: str) -> Iterator[None]:
             program,
             f"{error.filename}: cannot be written ({error.strerror}): choose another folder with hydra.run.dir=DIR",
         )
-    except Exception:
+    except Exception as error:
+        if "Config group override must be" in str(error):  # Hydra's, a plain ValueError
+            _fail(program, "a config group was set to null: leave it out with ~GROUP (or experiment=none)")
         traceback.print_exc()
         sys.exit(1)
 

@@ -2,15 +2,17 @@
 
 jsae-train                                                     # the embedded model and text, no network
 jsae-train experiment=paper/pythia-70m trainer=gpu             # the paper's recipe
-jsae-train model=pythia-70m data=pile-neox sae.k=32 jacobian.coef=1
+jsae-train experiment=none model=pythia-70m data=pile-neox sae.k=32 jacobian.coef=1
 jsae-train -m model.layer=0,1,2 sae.k=16,32                    # a sweep, one process a job
 jsae-train ckpt_path=auto hydra.run.dir=DIR                    # go on after a crash, bit for bit
 """
 
+import logging
 import sys
 from typing import TYPE_CHECKING
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from jsae_lightning.config import check_config, config_dir, register
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from jsae_lightning.building import Experiment
 
 PROGRAM = "jsae-train"
+log = logging.getLogger(__name__)
 
 
 def main() -> None:
@@ -35,9 +38,21 @@ def run(cfg: DictConfig) -> float:
     if is_sweep_job():
         check_config(cfg)
         return run_sweep_job(cfg)
+    warn_about_preset()
     with exit_codes(PROGRAM):  # here, because Hydra would add lines of its own to an error's
         check_config(cfg)
         return train(cfg).get(cfg.objective, float("nan"))
+
+
+def warn_about_preset() -> None:
+    """Say so if another model is trained with the default preset, whose settings suit the embedded one."""
+    choices = HydraConfig.get().runtime.choices
+    if choices.get("experiment") == "tiny" and choices.get("model") != "tiny":
+        log.warning(
+            "experiment=tiny sets tokens, k and learning rate for the embedded model, but model=%s: give experiment=none "
+            "for the general settings, or a preset of the model's own",
+            choices.get("model"),
+        )
 
 
 def train(cfg: DictConfig) -> dict[str, float]:

@@ -15,7 +15,7 @@ TIME_LIMIT = 240.0
 def toy_overrides(model: Path, text: Path, folder: Path) -> list[str]:
     """A run of seconds: 24 steps of 64 tokens, blocks of 5 batches, evaluation every 7 steps, a checkpoint every 4."""
     return [
-        "experiment=null",
+        "experiment=none",
         "model=local",
         f"model.path={model}",
         "model.layer=1",

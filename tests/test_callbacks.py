@@ -199,9 +199,21 @@ def test_evaluation_comes_at_its_interval_and_at_the_end_once(tmp_path: Path, ac
     assert float(trainer.callback_metrics["val/loss"]) == pytest.approx(callback.last.metrics["val/loss"])
 
 
-def test_without_an_interval_only_the_end_is_evaluated(tmp_path: Path) -> None:
-    fit(tmp_path, [evaluation(None)])
-    assert scalar_steps(tmp_path, "val/ce_score_both") == [5]
+class Note(Callback):
+    """Notes up to which step there has been an evaluation, at the moment when a checkpoint would be saved."""
+
+    def __init__(self, evaluation: InTrainingEvaluation) -> None:
+        self.evaluation, self.evaluated = evaluation, list[int]()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.evaluated.append(self.evaluation.last_step)
+
+
+def test_without_an_interval_only_the_end_is_evaluated_before_it_is_saved(tmp_path: Path) -> None:
+    callback = evaluation(None)
+    fit(tmp_path, [callback, note := Note(callback)], steps=3)
+    assert scalar_steps(tmp_path, "val/ce_score_both") == [3]
+    assert note.evaluated == [-1, -1, 3]
 
 
 def test_val_loss_has_the_final_weights(tmp_path: Path) -> None:

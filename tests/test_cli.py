@@ -27,11 +27,12 @@ def refusal(monkeypatch, capsys, tmp_path, material):
         base = toy_overrides(*material, tmp_path / "run") if toy else [f"hydra.run.dir={tmp_path / 'run'}"]
         GlobalHydra.instance().clear()
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["jsae-train", *base, *arguments])
+        monkeypatch.setattr(sys, "argv", ["jsae-train", *sorted([*base, *arguments], key=lambda a: a[:2] != "--")])
         with pytest.raises(SystemExit) as stop:
             train_module.main()
-        lines = [line for line in capsys.readouterr().err.splitlines() if "jsae-train: error:" in line]
-        assert stop.value.code == 2
+        errors = capsys.readouterr().err
+        lines = [line for line in errors.splitlines() if "jsae-train: error:" in line]
+        assert stop.value.code == 2, errors
         assert len(lines) == 1
         return lines[0]
 
@@ -47,6 +48,7 @@ BAD_CONFIG = [
     ("+callbacks.evaluation.everyy=3", ["callbacks.evaluation.everyy", "no such argument"]),
     ("model=pythia-71m", ["pythia-71m", "pythia-70m"]),
     ("nosuchgroup=x", ["nosuchgroup"]),
+    ("data=null", ["group", "~GROUP"]),
     ("sae.k=many", ["sae.k", "many"]),
     ("seed=abc", ["seed", "abc"]),
     ("sae.k=0", ["sae.k", "0", "positive"]),
@@ -66,7 +68,7 @@ BAD_CONFIG = [
     ("jacobian.coef=-1", ["jacobian.coef", "-1"]),
     ("jacobian.penalty=l2", ["jacobian.penalty", "l2", "hoyer"]),
     ("jacobian.penalty=hoyer", ["jacobian.coef", "auto", "hoyer"]),
-    ("jacobian.params={power:2}", ["power", "l1"]),
+    ("+jacobian.params.power=2", ["power", "l1"]),
     ("jacobian.at=output", ["jacobian.at", "output", "reconstruction"]),
     ("optim.decay_fraction=1 optim.warmup_fraction=0.1", ["optim.decay_fraction", "overlap"]),
     ("kernels=fast", ["kernels", "fast", "reference"]),
@@ -126,13 +128,13 @@ def test_unusable_text_is_refused(case, refusal, tmp_path):
 
 def test_dataset_without_text_or_tokens_names_its_columns(refusal, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"label": 1, "title": "x"}\n')
-    message = refusal("data=jsonl", f"data.path={tmp_path / 'rows.jsonl'}")
+    message = refusal("data=jsonl", "data.document_separator=null", f"data.path={tmp_path / 'rows.jsonl'}")
     assert "label" in message and "title" in message
 
 
 def test_tokens_of_another_vocabulary_are_refused(refusal, tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join('{"input_ids": [1, 2, 50000]}' for _ in range(200)))
-    message = refusal("data=jsonl", f"data.path={tmp_path / 'rows.jsonl'}")
+    message = refusal("data=jsonl", "data.document_separator=null", f"data.path={tmp_path / 'rows.jsonl'}")
     assert "50000" in message and "vocabulary" in message
 
 

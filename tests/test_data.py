@@ -10,11 +10,12 @@ import torch
 
 from data_factories import EOS, NumberTokenizer, data_settings, tagged_texts, tagged_tokens
 from jsae_lightning import data as data_module
-from jsae_lightning.data import ActivationDataModule
+from jsae_lightning.data import ActivationDataModule, make_data_config
 from jsae_lightning.errors import UserError
 from jsae_lightning.language_model import LanguageModel
 from jsae_lightning.packing import Encoder
 from jsae_lightning.tiny_lm import corpus
+from jsae_lightning.token_sources import document_digest, is_held_out, open_source
 from tiny_models import VOCAB_SIZE, make_model_dir
 
 D_MODEL = 16
@@ -103,8 +104,8 @@ def test_batches_are_the_models_mlp_inputs(model_dir, tmp_path):
     tokens = own._sequences.make_train().read(0, own.geometry.sequences_per_block, 0, 1)
     expected = LanguageModel.load(str(model_dir), layer=1).mlp_in(tokens).flatten(0, 1)
     assert len(loader) == 4 and block.shape == expected.shape == (128, D_MODEL)
-    distances = torch.cdist(block, expected)
-    assert distances.min(dim=1).values.max() < 1e-4 and sorted(distances.argmin(dim=1).tolist()) == list(range(128))
+    distances = torch.cdist(block, expected, compute_mode="donot_use_mm_for_euclid_dist")
+    assert distances.min(dim=1).values.max() < 1e-5 and sorted(distances.argmin(dim=1).tolist()) == list(range(128))
     assert own.frozen_mlp.d_model == D_MODEL and own.tokenizer.eos_token_id == 0
 
 
@@ -125,16 +126,18 @@ def test_stdlib_is_read_from_the_sources_of_python(model_dir, tmp_path, monkeypa
 @pytest.mark.parametrize("repeat", [True, False])
 @pytest.mark.parametrize("kind", SOURCES)
 def test_train_and_validation_share_no_document(model_dir, tmp_path, number_tokenizer, kind, repeat):
-    own = ready(model_dir, **tagged_source(tmp_path, kind), num=120 if repeat else 40, repeat=repeat)
+    settings = tagged_source(tmp_path, kind)
+    own = ready(model_dir, **settings, num=120 if repeat else 40, repeat=repeat)
     assert own.val_tokens.shape == (4, 16)
     source = own._sequences.make_train()
     trained = set(source.read(0, own._needed_sequences(), 0, 1).flatten().tolist()) - {EOS}
     validated = set(own.val_tokens.flatten().tolist()) - {EOS}
     assert validated and not trained & validated
-    if repeat and own._sequences.num is not None:  # and nothing but held-out documents is missing
+    if kind.startswith("table"):  # and nothing but held-out documents is missing
         everything = source.read(0, own._sequences.num, 0, 1)
-        missing = set(range(10, 210)) - set(everything.flatten().tolist())
-        assert len(missing) < 200 * 0.2 * 1.8 or kind == "text"
+        values = open_source(make_data_config(data_settings(**settings))).train.values()
+        held_out = {10 + n for n, value in enumerate(values) if is_held_out(document_digest(value), 0.2)}
+        assert set(range(10, 210)) - set(everything.flatten().tolist()) == held_out
 
 
 @pytest.mark.parametrize("kind", SOURCES)
@@ -246,7 +249,7 @@ def test_too_little_data_without_repeat(model_dir, tmp_path, number_tokenizer):
 
 
 def test_a_stream_that_ends_too_early(model_dir, tmp_path, number_tokenizer):
-    own = ready(model_dir, **tagged_source(tmp_path, "stream of texts"), repeat=False, num=1000)
+    own = ready(model_dir, **tagged_source(tmp_path, "stream of texts"), repeat=False, num=300)
     with pytest.raises(UserError, match="data.train_tokens: .* ends after .* sequences"):
         list(own.train_dataloader())
 
@@ -288,14 +291,14 @@ def test_mistakes(model_dir, tmp_path, number_tokenizer, monkeypatch, kind, valu
 
 def test_one_text_without_a_separator_cannot_be_split(model_dir, tmp_path):
     settings = write_text(tmp_path, tagged_texts(100)) | {"document_separator": None, "val_fraction": 0.01}
-    with pytest.raises(UserError, match="data.val_fraction: 0.01 .* data.document_separator splits text files"):
+    with pytest.raises(UserError, match=r"data.val_fraction: 0.01 .*\(data.document_separator splits text files"):
         ready(model_dir, **settings)
 
 
 def test_vocabulary_is_checked_beyond_the_first_rows(model_dir, tmp_path):
-    values = [tagged_tokens(n % 50, 16) for n in range(300)]
-    values[200] = [288] * 16
-    own = ready(model_dir, **write_rows(tmp_path, "tokens", values, streaming=True), num=100)
+    values = [tagged_tokens(n % 50, 16) for n in range(600)]
+    values[500] = [288] * 16
+    own = ready(model_dir, **write_rows(tmp_path, "tokens", values, streaming=True), num=300)
     with pytest.raises(UserError, match="token id 288"):
         list(own.train_dataloader())
 
@@ -363,7 +366,7 @@ class Recorder:
 
 
 @pytest.mark.parametrize("kind", ["table of tokens", "stream of texts"])
-@pytest.mark.parametrize("stop", [3, 4, 6])
+@pytest.mark.parametrize("stop", [3, 4])
 def test_lightning_resumes_at_the_next_batch(model_dir, tmp_path, number_tokenizer, kind, stop):
     from lightning import Trainer
 

@@ -163,9 +163,10 @@ def test_tensors_are_frozen_float32_copies_that_no_state_dict_holds():
     assert make_mlp(gated=True).kind == "gated"
 
 
+@pytest.mark.parametrize("biases", [True, False])  # a float32 bias by itself would make the sum float32
 @pytest.mark.parametrize("gated", [False, True])
-def test_autocast_leaves_results_and_elementwise_steps_in_float32(gated):
-    mlp, x = make_mlp("silu", gated=gated), inputs().float()
+def test_autocast_leaves_results_and_elementwise_steps_in_float32(gated, biases):
+    mlp, x = make_mlp("silu", gated=gated, biases=biases), inputs().float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out, slopes = mlp.forward_with_slopes(x)
         assert mlp(x).dtype == torch.float32

@@ -93,6 +93,14 @@ def test_csv_of_a_killed_and_resumed_run_is_that_of_one_run(tmp_path: Path, chec
     assert path.read_bytes() == (tmp_path / "whole" / "metrics.csv").read_bytes()
 
 
+def test_csv_drops_columns_that_only_removed_rows_had(tmp_path: Path) -> None:
+    logger = ResumableCSVLogger(tmp_path)
+    logger.log_metrics({"a": 1.0}, 1)
+    logger.log_metrics({"late": 1.0}, 2)
+    logger.truncate_after(1)
+    assert rows(tmp_path) == [{"step": "1", "a": "1.0"}]
+
+
 def test_csv_continues_an_existing_file_and_leaves_nothing_else_behind(tmp_path: Path) -> None:
     for step in (1, 2):
         logger = ResumableCSVLogger(tmp_path)

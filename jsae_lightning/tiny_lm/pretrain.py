@@ -91,7 +91,6 @@ def build_model(seed: int) -> GPTNeoXForCausalLM:
             hidden_act="gelu",
             bos_token_id=0,
             eos_token_id=0,
-            attn_implementation="sdpa",
         )
     )
 
