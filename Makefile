@@ -11,7 +11,7 @@ train: $(VENV)/.installed
 	$(VENV)/bin/jsae-train $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check jsae_lightning tests

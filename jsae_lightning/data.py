@@ -7,6 +7,7 @@
 """
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ from jsae_lightning.sequence_sources import (
 )
 from jsae_lightning.token_sources import Rows, Source, document_digest, open_source
 from jsae_lightning.token_tables import pack_table
+
+log = logging.getLogger(__name__)
 
 MAX_CONTEXT_LENGTH = 2048
 _PROBED_SEQUENCES = 256
@@ -132,6 +135,9 @@ class ActivationDataModule(LightningDataModule):
         self.val_tokens = sequences.val_tokens
         self.language_model = LanguageModel.load(**self._model, device=device)
         self._sequences = sequences
+        if self._rank == 0:
+            for line in self.describe().splitlines():
+                log.info(line)
 
     def train_dataloader(self) -> ActivationLoader:
         """A new loader that stands at the beginning; its state says where to go on."""

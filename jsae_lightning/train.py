@@ -49,8 +49,8 @@ def warn_about_preset() -> None:
     choices = HydraConfig.get().runtime.choices
     if choices.get("experiment") == "tiny" and choices.get("model") != "tiny":
         log.warning(
-            "experiment=tiny sets tokens, k and learning rate for the embedded model, but model=%s: give experiment=none "
-            "for the general settings, or a preset of the model's own",
+            "experiment=tiny sets tokens, k and learning rate for the embedded model, but model=%s: give "
+            "experiment=none for the general settings, or a preset of the model's own",
             choices.get("model"),
         )
 

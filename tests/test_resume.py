@@ -112,7 +112,7 @@ def _scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def _assert_same(left, right, where: str) -> None:
-    """Compare nested state exactly, but for figures of time and the `datasets` library's own note of a stream's position.
+    """Compare nested state exactly, but for figures of time and the `datasets` library's note of a stream's position.
 
     That one writes the same position in several ways (so many batches, so many examples since).
     """
