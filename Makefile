@@ -2,7 +2,8 @@
 # make test    the whole test suite          make check   what CI runs: format, lint, types, tests
 PYTHON ?= python3
 VENV := .venv
-PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt
+PIP_ARGS ?=
+PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS)
 ARGS ?=
 
 .PHONY: train test lint types check clean

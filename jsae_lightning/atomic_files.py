@@ -50,6 +50,15 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files and folders that a killed process left in `folder`."""
+    for path in [*folder.glob(".*.tmp"), *folder.glob(".*.old")]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def _flush(file: Path) -> None:
     with file.open("rb") as handle:
         os.fsync(handle.fileno())

@@ -13,10 +13,11 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from jsae_lightning import __version__, kernels
-from jsae_lightning.architecture import Architecture, read_architecture
+from jsae_lightning.architecture import read_architecture
+from jsae_lightning.atomic_files import remove_leftovers
 from jsae_lightning.callbacks.checkpointing import AtomicCheckpointIO
 from jsae_lightning.checkpoint import find_checkpoint, portable_name, read_checkpoint, save_pair
-from jsae_lightning.config import build, check_widths, jacobian_coef, micro_batch_tokens, sae_widths, to_dict
+from jsae_lightning.config import build, jacobian_coef, micro_batch_tokens, sae_widths, to_dict
 from jsae_lightning.data import ActivationDataModule
 from jsae_lightning.errors import UserError
 from jsae_lightning.module import JSAEModule
@@ -62,6 +63,7 @@ class Experiment:
 
     def export(self) -> None:
         """Write the pair to `sae_pair/`."""
+        remove_leftovers(self.folder)
         save_pair(self.module.pair, self.folder / "sae_pair", metadata=self._metadata())
 
     def report(self, metrics: dict[str, float]) -> None:
@@ -103,7 +105,6 @@ def build_experiment(cfg: DictConfig) -> Experiment:
     """Build data module, LightningModule and trainer; raise UserError for what only the model's config can tell."""
     quiet_libraries()
     architecture = read_architecture(cfg.model.path or cfg.model.name, revision=cfg.model.revision)
-    check_architecture(cfg, architecture)
     if cfg.num_threads is not None:
         torch.set_num_threads(cfg.num_threads)
     kernels.select_kernels(cfg.kernels)
@@ -122,21 +123,6 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
         logging.getLogger(name).handlers.clear()  # Hydra's root logger prints and files what is left
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-
-
-def check_architecture(cfg: DictConfig, architecture: Architecture) -> None:
-    """Check layer, context and widths against the language model's shape."""
-    if cfg.model.layer >= architecture.num_layers:
-        raise UserError(
-            f"model.layer: {cfg.model.layer} is out of range: the model has {architecture.num_layers} layers, "
-            f"give 0 to {architecture.num_layers - 1}"
-        )
-    if (cfg.data.context_length or 0) > architecture.context_length:
-        raise UserError(
-            f"data.context_length: {cfg.data.context_length} is more than the model's {architecture.context_length}: "
-            "lower it"
-        )
-    check_widths(cfg, architecture.d_model)
 
 
 def build_data(cfg: DictConfig) -> ActivationDataModule:
@@ -178,9 +164,13 @@ def build_trainer(cfg: DictConfig) -> lightning.Trainer:
     """Build the trainer with the named callbacks and loggers of the configuration."""
     callbacks = [build(node, f"callbacks.{name}") for name, node in cfg.callbacks.items() if node is not None]
     loggers = [build(node, f"logger.{name}") for name, node in cfg.logger.items() if node is not None]
+    accelerator = cfg.trainer.accelerator
+    if accelerator == "auto":  # Lightning's own choice may be one without float64, in which sums are kept
+        accelerator = "gpu" if torch.cuda.is_available() else "cpu"
     return build(
         cfg.trainer,
         "trainer",
+        accelerator=accelerator,
         callbacks=callbacks,
         logger=loggers,
         plugins=[AtomicCheckpointIO()],
@@ -190,8 +180,14 @@ def build_trainer(cfg: DictConfig) -> lightning.Trainer:
 
 def choose_checkpoint(cfg: DictConfig) -> Path | None:
     """Return the checkpoint that `ckpt_path` stands for."""
+    found = find_checkpoint(Path(cfg.paths.output_dir))
     if cfg.ckpt_path == "auto":
-        return find_checkpoint(Path(cfg.paths.output_dir))
+        return found
+    if found is not None and Path(cfg.ckpt_path or "") != found:
+        raise UserError(
+            f"hydra.run.dir: {cfg.paths.output_dir} holds a run already: go on with it by ckpt_path=auto, "
+            "or choose another"
+        )
     return None if cfg.ckpt_path is None else Path(cfg.ckpt_path)
 
 

@@ -4,6 +4,7 @@ Imports neither torch nor lightning, so that `--help` and mistakes in the config
 """
 
 import ast
+import hashlib
 import importlib.util
 import math
 from collections.abc import Iterator
@@ -39,6 +40,11 @@ _POSITIVE = (
     "eval.batch_sequences", "eval.num_sequences", "eval.jacobian_tokens", "checkpoint.every_minutes",
     "checkpoint.every_n_steps", "num_threads", "trainer.accumulate_grad_batches", "trainer.log_every_n_steps",
 )  # fmt: skip
+_DATA_KEYS_OF_OTHERS = {  # what each kind of source does not read
+    "stdlib": ("path", "name", "config_name", "revision", "streaming", "text_column", "token_column"),
+    "files": ("name", "config_name", "revision", "streaming"),
+    "hub": ("path",),
+}
 _SHARES = ("jacobian.warmup_fraction", "optim.warmup_fraction", "optim.decay_fraction", "data.val_fraction")
 _NOT_NEGATIVE = ("model.layer", "sae.mse_output_coef", "sae.auxk_coef")
 
@@ -58,7 +64,13 @@ def register() -> None:
     """Register the schema and the resolvers with Hydra; may be called again."""
     ConfigStore.instance().store(name="root_schema", node=RootConfig)
     OmegaConf.register_new_resolver("num_steps", num_steps, replace=True)
+    OmegaConf.register_new_resolver("short_hash", _short_hash, replace=True)
     OmegaConf.register_new_resolver("package_dir", lambda: str(PACKAGE_DIR), replace=True)
+
+
+def _short_hash(text: str) -> str:
+    """A name for a folder that is the same whenever its run goes on."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def check_config(cfg: DictConfig) -> None:
@@ -67,8 +79,11 @@ def check_config(cfg: DictConfig) -> None:
         if (value := OmegaConf.select(cfg, key)) not in allowed:
             raise UserError(f"{key}: '{value}' is not known: choose one of {', '.join(map(str, allowed))}")
     for key in _POSITIVE:
-        if (value := OmegaConf.select(cfg, key)) is not None and not value > 0:
-            raise UserError(f"{key}: {value} is not above zero: give a positive number")
+        value = OmegaConf.select(cfg, key)
+        if value is not None and not (_is_number(value) and value > 0):
+            raise UserError(f"{key}: '{value}' is not above zero: give a positive number")
+    if len(cfg.optim.betas) != 2 or not all(0 <= beta < 1 for beta in cfg.optim.betas):
+        raise UserError(f"optim.betas: {list(cfg.optim.betas)} are not two numbers from 0 to 1: give [0.9, 0.999]")
     for key in _SHARES:
         if not 0 <= (value := OmegaConf.select(cfg, key)) <= 1:
             raise UserError(f"{key}: {value} is not a share: give a number from 0 to 1")
@@ -81,6 +96,24 @@ def check_config(cfg: DictConfig) -> None:
     for key in ("trainer", "callbacks", "logger"):
         for node_key, node in _target_nodes(cfg[key], key):
             _check_constructor(node_key, node)
+
+
+def check_architecture(cfg: DictConfig) -> None:
+    """Check layer, context and widths against the language model's shape, read from its config.json alone."""
+    from jsae_lightning.architecture import read_architecture
+
+    architecture = read_architecture(cfg.model.path or cfg.model.name, revision=cfg.model.revision)
+    if cfg.model.layer >= architecture.num_layers:
+        raise UserError(
+            f"model.layer: {cfg.model.layer} is out of range: the model has {architecture.num_layers} layers, "
+            f"give 0 to {architecture.num_layers - 1}"
+        )
+    if (cfg.data.context_length or 0) > architecture.context_length:
+        raise UserError(
+            f"data.context_length: {cfg.data.context_length} is more than the model's {architecture.context_length}: "
+            "lower it"
+        )
+    check_widths(cfg, architecture.d_model)
 
 
 def check_widths(cfg: DictConfig, d_model: int) -> None:
@@ -106,10 +139,11 @@ def jacobian_coef(cfg: DictConfig, d_model: int) -> float:
 
 def world_size(cfg: DictConfig) -> int:
     """Return the number of processes that the trainer's devices and nodes stand for."""
-    devices = cfg.trainer.get("devices", 1)
-    if isinstance(devices, int) and devices > 0:
-        return devices * cfg.trainer.get("num_nodes", 1)
-    raise UserError(f"trainer.devices: '{devices}' is not a number of devices: give a whole number from 1")
+    for key in ("devices", "num_nodes"):
+        count = cfg.trainer.get(key, 1)
+        if not isinstance(count, int) or count < 1:
+            raise UserError(f"trainer.{key}: '{count}' is not a number of {key}: give a whole number from 1")
+    return cfg.trainer.get("devices", 1) * cfg.trainer.get("num_nodes", 1)
 
 
 def micro_batch_tokens(cfg: DictConfig) -> int:
@@ -133,6 +167,10 @@ def build(node: DictConfig, key: str, **overrides: Any) -> Any:
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
+        if isinstance(error.__cause__, ImportError):
+            raise UserError(
+                f"{key}: needs a package that is not installed ({error.__cause__}): install it, or leave {key} out"
+            ) from error
         raise UserError(f"{key}: {error}: correct this key") from error
 
 
@@ -151,8 +189,18 @@ def _check_model(cfg: DictConfig) -> None:
         raise UserError(f"model.path: there is no directory '{cfg.model.path}': give a Hugging Face model directory")
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _check_data(cfg: DictConfig) -> None:
     local = cfg.data.source in SOURCES[1:-1]
+    for key in _DATA_KEYS_OF_OTHERS[cfg.data.source if cfg.data.source in ("stdlib", "hub") else "files"]:
+        if cfg.data[key] not in (None, False):
+            raise UserError(
+                f"data.{key}: '{cfg.data[key]}' has no effect with data.source={cfg.data.source}: leave it null, "
+                "or choose the source by data=text, jsonl, parquet, arrow or hub"
+            )
     if local and cfg.data.path is None:
         raise UserError(f"data.path: null, but data.source={cfg.data.source} reads files: give a file, folder or glob")
     if local and not any(character in cfg.data.path for character in "*?[") and not Path(cfg.data.path).exists():
@@ -163,8 +211,7 @@ def _check_data(cfg: DictConfig) -> None:
 
 def _check_training(cfg: DictConfig) -> None:
     coef = cfg.jacobian.coef
-    is_number = isinstance(coef, int | float) and not isinstance(coef, bool)
-    if not (coef == "auto" or (is_number and coef >= 0)):
+    if not (coef == "auto" or (_is_number(coef) and coef >= 0)):
         raise UserError(f"jacobian.coef: '{coef}' is no weight: give a number of 0 or more, or auto")
     if coef == "auto" and cfg.jacobian.penalty != "l1":
         raise UserError(f"jacobian.coef: auto is a rule for l1 only, not for {cfg.jacobian.penalty}: give a number")
@@ -178,6 +225,10 @@ def _check_training(cfg: DictConfig) -> None:
         )
     if cfg.ckpt_path not in (None, "auto") and not Path(cfg.ckpt_path).is_file():
         raise UserError(f"ckpt_path: there is no file '{cfg.ckpt_path}': give a checkpoint, auto or null")
+    if "jacobian_histograms" in cfg.callbacks and "evaluation" not in cfg.callbacks:
+        raise UserError(
+            "callbacks.jacobian_histograms: draws what callbacks.evaluation measures, which is missing: leave both out"
+        )
     micro_batch_tokens(cfg)
 
 

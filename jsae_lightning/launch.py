@@ -1,5 +1,6 @@
 """What surrounds a run on the command line: exit codes, resuming a folder, one process per sweep job."""
 
+import errno
 import json
 import logging
 import math
@@ -14,12 +15,28 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from jsae_lightning.atomic_files import atomic_file
 from jsae_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
+
+RECORD = "arguments.json"
+"""The file in a run's folder that says what it was started with."""
+
+_CONFIG_FLAGS = ("--config-dir", "--config-name", "-cd", "-cn")
+_OTHER_FOLDER = "make it readable and writable, or choose another folder with hydra.run.dir=DIR"
+_FILE_ERRORS = {
+    errno.ENOSPC: "free some space; what was saved before is kept",
+    errno.EDQUOT: "free some space; what was saved before is kept",
+    errno.EACCES: _OTHER_FOLDER,
+    errno.EPERM: _OTHER_FOLDER,
+    errno.EROFS: _OTHER_FOLDER,
+    errno.ENOTDIR: _OTHER_FOLDER,
+    errno.EEXIST: _OTHER_FOLDER,
+}
 
 
 @contextmanager
@@ -32,11 +49,11 @@ def exit_codes(program: str) -> Iterator[None]:
         _fail(program, str(error))
     except (HydraException, OmegaConfBaseException) as error:
         _fail(program, _hydra_message(error))
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        _fail(
-            program,
-            f"{error.filename}: cannot be written ({error.strerror}): choose another folder with hydra.run.dir=DIR",
-        )
+    except OSError as error:
+        if error.errno not in _FILE_ERRORS:
+            traceback.print_exc()
+            sys.exit(1)
+        _fail(program, f"{error.filename or 'a file'}: {error.strerror}: {_FILE_ERRORS[error.errno]}")
     except Exception as error:
         if "Config group override must be" in str(error):  # Hydra's, a plain ValueError
             _fail(program, "a config group was set to null: leave it out with ~GROUP (or experiment=none)")
@@ -62,21 +79,44 @@ def _hydra_message(error: Exception) -> str:
     return "; ".join(kept) + ": correct the key or value (`jsae-train --cfg job` prints all keys)"
 
 
-def resumed_arguments(arguments: list[str]) -> list[str]:
-    """Put the overrides of an earlier run before the new ones when a folder is to be continued.
+def record_arguments(folder: Path) -> None:
+    """Note in a run's folder what it was started with, once everything has been checked; for `resumed_arguments`.
 
-    `ckpt_path=auto hydra.run.dir=DIR` alone then goes on with the configuration that DIR was started with.
+    Hydra's own `.hydra/overrides.yaml` is rewritten before anything is checked, also by a mistaken start.
+    """
+    record = {"flags": _config_flags(), "overrides": list(HydraConfig.get().overrides.task)}
+    with atomic_file(folder / RECORD) as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def resumed_arguments(arguments: list[str]) -> list[str]:
+    """Put what an earlier run was started with before the new arguments when its folder is to be continued.
+
+    `ckpt_path=auto hydra.run.dir=DIR` alone then goes on with the configuration of DIR. A key that is given again
+    takes its new value; repeating everything changes nothing.
     """
     given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     folder = given.get("hydra.run.dir", "").strip("'\"")
-    recorded = Path(folder) / ".hydra" / "overrides.yaml"
-    if given.get("ckpt_path") != "auto" or not folder or not recorded.is_file():
+    record = Path(folder) / RECORD
+    if given.get("ckpt_path") != "auto" or not folder or not record.is_file():
         return arguments
     try:
-        earlier = [str(override) for override in OmegaConf.load(recorded)]
-    except Exception as error:  # any parser's complaint about a damaged file
-        raise UserError(f"{recorded}: cannot be read ({error}): remove it and repeat the run's overrides") from error
-    return [override for override in earlier if override.split("=", 1)[0] not in given] + arguments
+        earlier = json.loads(record.read_text(encoding="utf-8"))
+        flags, overrides = list(earlier["flags"]), list(earlier["overrides"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{record}: is damaged ({error}): remove it and repeat the run's overrides") from error
+    again = {_key(argument) for argument in arguments}
+    kept = [override for override in overrides if _key(override) not in again]
+    if any(argument.startswith(_CONFIG_FLAGS) for argument in arguments):
+        flags = []
+    # Hydra wants all overrides in one row: the earlier ones go before the first of the new.
+    first = next(i for i, argument in enumerate(arguments) if "=" in argument and not argument.startswith("-"))
+    return [*flags, *arguments[:first], *kept, *arguments[first:]]
+
+
+def _key(override: str) -> str:
+    """Return the key of an override: `+callbacks.x=y`, `~callbacks.x` and `callbacks.x=z` are about the same one."""
+    return override.split("=", 1)[0].lstrip("+~")
 
 
 def is_sweep_job() -> bool:
@@ -93,7 +133,8 @@ def run_sweep_job(cfg: DictConfig) -> float:
     hydra_cfg = HydraConfig.get()
     folder = Path(hydra_cfg.runtime.output_dir)
     command = [sys.executable, "-m", "jsae_lightning.train", *_config_flags(), *hydra_cfg.overrides.task]
-    command += [f"hydra.run.dir='{folder}'", "hydra.mode=RUN"]
+    quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
+    command += [f"hydra.run.dir='{quoted}'", "hydra.mode=RUN"]
     log.info("job %s: %s", hydra_cfg.job.num, " ".join(hydra_cfg.overrides.task))
     if code := subprocess.run(command, check=False).returncode:
         raise RuntimeError(f"job {hydra_cfg.job.num} in {folder} ended with exit code {code}")
@@ -111,7 +152,7 @@ def read_objective(path: Path, name: str) -> float:
 def _config_flags() -> list[str]:
     """Repeat `--config-dir` and `--config-name` for a job's own process."""
     flags = []
-    for name in ("--config-dir", "--config-name", "-cd", "-cn"):
+    for name in _CONFIG_FLAGS:
         for position, argument in enumerate(sys.argv[1:], start=1):
             if argument == name:
                 flags += [name, sys.argv[position + 1]]

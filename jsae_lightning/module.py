@@ -85,6 +85,19 @@ class JSAEModule(lightning.LightningModule):
         if self.mlp is None:
             self.mlp = self.trainer.datamodule.frozen_mlp  # type: ignore[attr-defined]
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note which MLP the pair belongs to."""
+        assert self.mlp is not None
+        checkpoint["mlp_hash"] = self.mlp.weights_hash()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another MLP: another model, revision, layer, dtype or random weights."""
+        if self.mlp is not None and (found := checkpoint.get("mlp_hash")) != (own := self.mlp.weights_hash()):
+            raise UserError(
+                f"ckpt_path: was made with another MLP (hash {str(found)[:12]}, here {own[:12]}): repeat the model.* "
+                "settings of its run"
+            )
+
     def forward(self, mlp_in: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens d_model"]:
         """Return the input SAE's reconstruction (the whole loss is in `training_step`)."""
         return self.pair.input_sae(mlp_in)[0]
@@ -146,7 +159,7 @@ class JSAEModule(lightning.LightningModule):
 
     def check_finite(self) -> None:
         """Raise UserError if the loss has been NaN or infinite: called before anything is logged or saved."""
-        if (step := int(self.first_bad_step)) >= 0:
+        if (step := int(all_reduce_max(self.first_bad_step))) >= 0:
             raise UserError(
                 f"train/loss: not a finite number at optimizer step {step}: lower optim.lr or jacobian.coef; the last "
                 "checkpoint before that step is kept"

@@ -15,8 +15,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from jsae_lightning.config import check_config, config_dir, register
-from jsae_lightning.launch import exit_codes, is_sweep_job, resumed_arguments, run_sweep_job
+from jsae_lightning.config import check_architecture, check_config, config_dir, register
+from jsae_lightning.launch import exit_codes, is_sweep_job, record_arguments, resumed_arguments, run_sweep_job
 
 if TYPE_CHECKING:
     from jsae_lightning.building import Experiment
@@ -41,6 +41,7 @@ def run(cfg: DictConfig) -> float:
     warn_about_preset()
     with exit_codes(PROGRAM):  # here, because Hydra would add lines of its own to an error's
         check_config(cfg)
+        check_architecture(cfg)
         return train(cfg).get(cfg.objective, float("nan"))
 
 
@@ -60,6 +61,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
     from jsae_lightning.building import build_experiment
 
     experiment = build_experiment(cfg)
+    if experiment.trainer.is_global_zero:
+        record_arguments(experiment.folder)
     experiment.announce()
     experiment.fit()
     return finish(experiment)

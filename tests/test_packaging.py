@@ -71,6 +71,7 @@ def test_the_recorded_cross_entropy_is_that_of_the_weights():
 def test_held_out_files_are_one_in_twenty_and_never_shared():
     from jsae_lightning.tiny_lm.corpus import stdlib_documents
 
-    train, held_out = ({name for name, _ in stdlib_documents(held_out=flag)} for flag in (False, True))
-    assert not train & held_out
+    train, held_out = (dict(stdlib_documents(held_out=flag)) for flag in (False, True))
+    assert not set(train) & set(held_out)
+    assert not set(train.values()) & set(held_out.values())
     assert 0.03 < len(held_out) / len(train | held_out) < 0.07

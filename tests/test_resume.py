@@ -134,6 +134,8 @@ def _assert_same(left, right, where: str) -> None:
 
 def _assert_same_run(run: Path, expected: Path) -> None:
     _assert_same(_checkpoint(run), _checkpoint(expected), "checkpoint")
+    files = [sorted(path.name for path in (folder / "checkpoints").iterdir()) for folder in (run, expected)]
+    assert files[0] == files[1]
     assert _rows(run) == _rows(expected)
     scalars = _scalars(run)
     assert scalars == _scalars(expected)
@@ -209,6 +211,44 @@ def test_damaged_checkpoint_is_refused_in_one_line(material, uninterrupted, tmp_
     assert code == 2
     last = output.read_text().strip().splitlines()[-1]
     assert last.startswith("jsae-train: error:") and str(damaged) in last and "truncated" in last
+
+
+def test_a_run_that_is_there_is_not_overwritten(material, uninterrupted, tmp_path):
+    output = tmp_path / "output"
+    before = _checkpoint(uninterrupted)
+    assert train(toy_overrides(*material, uninterrupted), output=output) == 2
+    assert "holds a run already" in output.read_text() and "ckpt_path=auto" in output.read_text()
+    _assert_same(_checkpoint(uninterrupted), before, "checkpoint")
+
+
+def test_a_mistaken_resume_leaves_the_folder_as_it_was(material, tmp_path):
+    """A wrong override is refused, and the next resume goes on with the right ones, deletions and flags included."""
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    (tmp_path / "own" / "experiment" / "mine.yaml").write_text("# @package _global_\nsae:\n  mse_output_coef: 2\n")
+    run, output = tmp_path / "run", tmp_path / "output"
+    overrides = [o for o in toy_overrides(*material, run) if not o.startswith("experiment")]
+    first = [f"--config-dir={tmp_path / 'own'}", "experiment=mine", "~callbacks.progress", *overrides]
+    assert train(first, output=output, fault=FAULTS["inside_block"]) == -9
+    resume = ["ckpt_path=auto", f"hydra.run.dir={run}"]
+    assert train([*resume, "sae.k=999"], output=output) == 2
+    assert train([*resume, "~callbacks.progress"], output=output) == 0, output.read_text()
+    assert _checkpoint(run)["hyper_parameters"]["sae"]["mse_output_coef"] == 2
+    assert _checkpoint(run)["global_step"] == 24
+
+
+@pytest.mark.parametrize("change", ["model.layer=0", "model.random_weights=true"])
+def test_checkpoint_of_another_mlp_is_refused(change, material, uninterrupted, tmp_path):
+    output = tmp_path / "output"
+    checkpoint = f"ckpt_path={uninterrupted / 'checkpoints' / 'last.ckpt'}"
+    assert train([*toy_overrides(*material, tmp_path / "run"), change, checkpoint], output=output) == 2
+    assert "another MLP" in output.read_text().strip().splitlines()[-1]
+
+
+def test_best_checkpoint_is_the_best_evaluation(uninterrupted):
+    """One `step_*.ckpt`, of the step with the lowest val/loss; nothing half-written beside it."""
+    best = min((row for row in _rows(uninterrupted) if row["val/loss"]), key=lambda row: float(row["val/loss"]))
+    names = sorted(path.name for path in (uninterrupted / "checkpoints").iterdir())
+    assert names == ["last.ckpt", f"step_{int(best['step']):07d}.ckpt"]
 
 
 @pytest.mark.parametrize(("override", "key"), [("sae.k=3", "sae.k"), ("optim.lr=1", "optim.lr"), ("seed=1", "seed")])

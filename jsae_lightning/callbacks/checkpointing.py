@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
-from jsae_lightning.atomic_files import atomic_file
+from jsae_lightning.atomic_files import atomic_file, remove_leftovers
 from jsae_lightning.callbacks.throughput import paused
 from jsae_lightning.checkpoint import read_checkpoint, write_checkpoint
 from jsae_lightning.errors import UserError
@@ -52,7 +53,6 @@ class Checkpointing(Checkpoint):
         self.every_minutes, self.every_n_steps = every_minutes, every_n_steps
         self.best_metric, self.sign = best_metric, 1.0 if best_mode == "max" else -1.0
         self.best_score, self.best_step, self.saved_step = float("-inf"), -1, -1
-        self._previous_best = -1
         self._saved_at = time.monotonic()
 
     def state_dict(self) -> dict[str, Any]:
@@ -64,9 +64,14 @@ class Checkpointing(Checkpoint):
         self.best_score, self.best_step = state_dict["best_score"], state_dict["best_step"]
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Cut the logs back to the step from which this run goes on; 0 for a new run."""
+        """Put the folder in the state of the step from which this run goes on (0: a new run).
+
+        Logs are cut back to it, the best checkpoint of a later step and what a killed save left behind are removed.
+        """
         self._saved_at, self.saved_step = time.monotonic(), trainer.global_step
         if trainer.is_global_zero:
+            remove_leftovers(self.dirpath)
+            self._tidy_best(trainer.global_step)
             for logger in trainer.loggers:
                 if hasattr(logger, "truncate_after"):
                     logger.truncate_after(trainer.global_step)
@@ -85,6 +90,18 @@ class Checkpointing(Checkpoint):
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Save the final state; the last evaluation may make it the best."""
         self._save(trainer, trainer.global_step, self._is_best(trainer, trainer.global_step))
+
+    def _tidy_best(self, step: int) -> None:
+        best = self._best_path(self.best_step)
+        if self.best_step == step and not best.exists() and (last := self.dirpath / "last.ckpt").exists():
+            self._link_best(last)  # the kill came between the checkpoint and its second name
+        for path in self.dirpath.glob("step_*.ckpt"):
+            if path != best:
+                path.unlink()
+
+    def _link_best(self, last: Path) -> None:
+        with atomic_file(self._best_path(self.best_step)) as temporary:
+            _link_or_copy(last, temporary)
 
     def _is_due(self, trainer: lightning.Trainer, step: int) -> bool:
         if self.every_n_steps and step % self.every_n_steps == 0:
@@ -105,25 +122,34 @@ class Checkpointing(Checkpoint):
         score = self.sign * float(trainer.callback_metrics[self.best_metric])
         if not score > self.best_score:
             return False
-        self.best_score, self._previous_best, self.best_step = score, self.best_step, step
+        self.best_score, self.best_step = score, step
         return True
 
     def _save(self, trainer: lightning.Trainer, step: int, is_best: bool) -> None:
         trainer.lightning_module.check_finite()  # type: ignore[operator]
+        _check_parameters(trainer.lightning_module, step)
         with paused(trainer):
             for logger in trainer.loggers:
                 logger.save()
             last = self.dirpath / "last.ckpt"
             trainer.save_checkpoint(last)
             if is_best and trainer.is_global_zero:
-                with atomic_file(self._best_path(step)) as temporary:
-                    _link_or_copy(last, temporary)
-                if self._previous_best >= 0:
-                    self._best_path(self._previous_best).unlink(missing_ok=True)
+                self._link_best(last)
+                self._tidy_best(step)
         self._saved_at, self.saved_step = time.monotonic(), step
 
     def _best_path(self, step: int) -> Path:
         return self.dirpath / f"step_{step:07d}.ckpt"
+
+
+def _check_parameters(module: lightning.LightningModule, step: int) -> None:
+    """Refuse to save weights that a step with a finite loss has made NaN or infinite."""
+    bad = [name for name, parameter in module.named_parameters() if not torch.isfinite(parameter).all()]
+    if bad:
+        raise UserError(
+            f"{bad[0]}: not finite after optimizer step {step}: lower optim.lr or jacobian.coef; the last "
+            "checkpoint is kept"
+        )
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

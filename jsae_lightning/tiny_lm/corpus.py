@@ -30,16 +30,26 @@ def is_held_out(name: str) -> bool:
 def stdlib_documents(*, held_out: bool) -> Iterator[tuple[str, str]]:
     """Yield (name, text) of each source file of one split, in the order of the names.
 
-    Files that are not UTF-8 (the library tests odd encodings) or are empty are left out.
+    Files that are not UTF-8 (the library tests odd encodings) or are empty are left out, and so are held-out files
+    whose content a training file has, too.
     """
     root = stdlib_root()
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root).as_posix()
-        if _NOT_STANDARD_LIBRARY.intersection(name.split("/")) or is_held_out(name) != held_out:
+    names = [path.relative_to(root).as_posix() for path in sorted(root.rglob("*.py"))]
+    names = [name for name in names if not _NOT_STANDARD_LIBRARY.intersection(name.split("/"))]
+    twins: dict[int, list[Path]] = {}
+    if held_out:
+        for name in names:
+            if not is_held_out(name):
+                twins.setdefault((root / name).stat().st_size, []).append(root / name)
+    for name in names:
+        if is_held_out(name) != held_out:
+            continue
+        content = (root / name).read_bytes()
+        if any(twin.read_bytes() == content for twin in twins.get(len(content), [])):
             continue
         try:
-            text = path.read_text(encoding="utf-8")
-        except (UnicodeDecodeError, OSError):
+            text = content.decode("utf-8")
+        except UnicodeDecodeError:
             continue
         if text.strip():
             yield name, text
