@@ -97,6 +97,7 @@ class EvalConfig:
     batch_sequences: int = MISSING
     num_sequences: int | None = MISSING
     jacobian_tokens: int | None = MISSING
+    exclude_first_position: bool = MISSING
 
 
 @dataclass

@@ -137,7 +137,9 @@ def fit(folder: Path, callbacks: list[Callback], steps: int = 5, accumulate: int
 
 
 def evaluation(every_n_steps: int | None = 2) -> InTrainingEvaluation:
-    return InTrainingEvaluation(every_n_steps, batch_sequences=4, jacobian_tokens=20, num_sequences=None)
+    return InTrainingEvaluation(
+        every_n_steps, batch_sequences=4, jacobian_tokens=20, num_sequences=None, exclude_first_position=False
+    )
 
 
 def checkpointing(folder: Path, every_n_steps: int | None = None) -> Checkpointing:
@@ -226,15 +228,29 @@ def test_val_loss_has_the_final_weights(tmp_path: Path) -> None:
 
 def test_num_sequences_takes_the_first_ones(tmp_path: Path) -> None:
     data = ToyData(2)
-    few = InTrainingEvaluation(None, batch_sequences=4, jacobian_tokens=None, num_sequences=2)
+    few = InTrainingEvaluation(None, 4, jacobian_tokens=None, num_sequences=2, exclude_first_position=False)
     make_trainer(tmp_path / "a", [few], 2).fit(make_module(2), datamodule=data)
     data = ToyData(2)
     data.val_tokens = data.val_tokens[:2]
-    every = InTrainingEvaluation(None, batch_sequences=4, jacobian_tokens=None, num_sequences=None)
+    every = InTrainingEvaluation(None, 4, jacobian_tokens=None, num_sequences=None, exclude_first_position=False)
     make_trainer(tmp_path / "b", [every], 2).fit(make_module(2), datamodule=data)
     assert few.last is not None
     assert every.last is not None
     assert few.last.metrics == every.last.metrics
+
+
+def test_exclude_first_position_judges_the_others_only(tmp_path: Path) -> None:
+    found = {}
+    for name, exclude, mask_in_data in [("asked", True, False), ("by data", False, True), ("all", False, False)]:
+        data = ToyData(2)
+        if not mask_in_data:  # the toy data leave position 0 out by themselves
+            data.included = lambda tokens: torch.ones_like(tokens, dtype=torch.bool)  # type: ignore[method-assign]
+        callback = InTrainingEvaluation(None, 4, None, None, exclude_first_position=exclude)
+        make_trainer(tmp_path / name, [callback], 2).fit(make_module(2), datamodule=data)
+        assert callback.last is not None
+        found[name] = callback.last.metrics
+    assert found["asked"] == found["by data"]
+    assert found["asked"]["val/mse_input"] != found["all"]["val/mse_input"]
 
 
 class StopAt(Callback):

@@ -106,6 +106,7 @@ RECIPE = {
     "optim.decay_fraction": 0.2,
     "optim.grad_clip": 1.0,
     "trainer.max_steps": 73_243,
+    "eval.exclude_first_position": True,
     "trainer.precision": "bf16-mixed",
 }
 

@@ -112,7 +112,7 @@ def test_metrics_json_failing_leaves_the_old_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("max_steps", "status"), [(7, "finished"), (9, "stopped")])
 def test_final_metrics_come_from_the_callbacks(max_steps: int, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluation = InTrainingEvaluation(None, 1, None, None)
+    evaluation = InTrainingEvaluation(None, 1, None, None, False)
     rate = torch.zeros(4, dtype=torch.float64)
     bins = torch.zeros(3, dtype=torch.int64)
     evaluation.last = Evaluation({"val/loss": 0.5}, rate, rate, bins, bins)

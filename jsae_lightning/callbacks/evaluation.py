@@ -33,6 +33,7 @@ class InTrainingEvaluation(StepCallback):
         batch_sequences: int,
         jacobian_tokens: int | None,
         num_sequences: int | None,
+        exclude_first_position: bool,
     ) -> None:
         """Set the extent.
 
@@ -41,10 +42,12 @@ class InTrainingEvaluation(StepCallback):
             batch_sequences: sequences in one forward pass of the language model.
             jacobian_tokens: tokens of the Jacobian's measures; None: all evaluated tokens.
             num_sequences: how many of the held-out sequences to use, the first ones; None: all.
+            exclude_first_position: leave position 0 of every sequence out, as the paper does.
         """
         super().__init__()
         self.every_n_steps, self.num_sequences = every_n_steps, num_sequences
         self.batch_sequences, self.jacobian_tokens = batch_sequences, jacobian_tokens
+        self.exclude_first_position = exclude_first_position
         self.last: Evaluation | None = None
         self.last_step = -1
         self._logged_step = -1
@@ -80,6 +83,9 @@ class InTrainingEvaluation(StepCallback):
         with paused(trainer):
             module, data = cast(JSAEModule, pl_module), trainer.datamodule  # type: ignore[attr-defined]
             tokens = data.val_tokens[: self.num_sequences]
+            included = data.included(tokens).clone()
+            if self.exclude_first_position:
+                included[:, 0] = False
             assert module.mlp is not None
             module.check_finite()
             self.last = evaluate_pair(
@@ -87,7 +93,7 @@ class InTrainingEvaluation(StepCallback):
                 module.mlp,
                 data.language_model,
                 tokens,
-                data.included(tokens),
+                included,
                 at=module.jacobian_at,
                 batch_sequences=self.batch_sequences,
                 jacobian_tokens=self.jacobian_tokens,
