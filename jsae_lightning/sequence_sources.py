@@ -119,14 +119,14 @@ class PackedStream:
             "position": self._position,
             "epoch": self._epoch,
             "rows_read": self._rows_read,
-            "pending": torch.from_numpy(self._pending.copy()),
+            "pending": torch.from_numpy(self._pending),
             "dataset": self._dataset.state_dict() if self._rows_read else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to the position at which `state` was taken; an empty state is the beginning."""
         self._position: int = state.get("position", 0)
-        self._pending: Array = state["pending"].numpy().copy() if state else np.empty(0, np.int32)
+        self._pending: Array = state["pending"].numpy() if state else np.empty(0, np.int32)
         self._open(state.get("epoch", 0), state.get("rows_read", 0), state.get("dataset"))
 
     def _open(self, epoch: int, rows_read: int = 0, dataset_state: dict[str, Any] | None = None) -> None:

@@ -16,7 +16,7 @@ from jsae_lightning.language_model import LanguageModel
 from jsae_lightning.packing import Encoder
 from jsae_lightning.tiny_lm import corpus
 from jsae_lightning.token_sources import document_digest, is_held_out, open_source
-from tiny_models import VOCAB_SIZE, make_model_dir
+from tiny_models import make_model_dir
 
 D_MODEL = 16
 
@@ -398,7 +398,3 @@ def test_lightning_resumes_at_the_next_batch(model_dir, tmp_path, number_tokeniz
     _, rest = run(10, tmp_path / "stopped.ckpt")
     assert len(expected) == 10 and len(first) == stop and len(rest) == 10 - stop
     assert torch.stack(first + rest).equal(torch.stack(expected))
-
-
-def test_vocabulary_of_the_factories():
-    assert VOCAB_SIZE == 288  # the mistakes above are made for it

@@ -1,7 +1,6 @@
 """Evaluation: against a computation by position, on perfect and empty SAEs, over shards, without side effects."""
 
 import math
-import sys
 
 import pytest
 import torch
@@ -325,4 +324,3 @@ def test_on_a_real_architecture(family, tmp_path):
     assert perfect["val/kl_zero_output"] > 0.01
     random = figures(make_pair(16).float())
     assert all(random[f"val/kl_{site}"] > 1e-3 for site in ("input", "output", "both"))
-    assert "matplotlib" not in sys.modules

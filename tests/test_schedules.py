@@ -16,7 +16,7 @@ def test_lr_by_hand():
 
 
 def test_lr_without_warmup_or_decay_is_constant():
-    assert {lr_factor(step, 7, 0, 0) for step in range(7)} == {1.0}
+    assert {lr_factor(step, 7, 0.0, 0.0) for step in range(7)} == {1.0}
 
 
 def test_lr_rises_then_falls():
@@ -29,4 +29,4 @@ def test_coef_by_hand():
     """100 steps, 5 % warm-up: 0 at the first step, full from the sixth."""
     factors = [coef_factor(step, 100, 0.05) for step in range(7)]
     assert factors == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1, 1])
-    assert coef_factor(0, 100, 0) == 1
+    assert coef_factor(0, 100, 0.0) == 1
