@@ -16,7 +16,7 @@ from jsae_lightning import __version__, kernels
 from jsae_lightning.architecture import read_architecture
 from jsae_lightning.atomic_files import remove_leftovers
 from jsae_lightning.callbacks.checkpointing import AtomicCheckpointIO
-from jsae_lightning.checkpoint import find_checkpoint, portable_name, read_checkpoint, save_pair
+from jsae_lightning.checkpoint import find_checkpoint, read_checkpoint, save_pair
 from jsae_lightning.config import build, jacobian_coef, micro_batch_tokens, sae_widths, to_dict
 from jsae_lightning.data import ActivationDataModule
 from jsae_lightning.errors import UserError
@@ -76,7 +76,7 @@ class Experiment:
         model = self.cfg.model
         return {
             "model": {
-                "name": portable_name(model.path or model.name),
+                "name": model.path or model.name,
                 "revision": model.revision,
                 "layer": model.layer,
                 "dtype": model.dtype,

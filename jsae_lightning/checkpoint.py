@@ -16,7 +16,6 @@ from jsae_lightning.frozen_mlp import FrozenMLP
 from jsae_lightning.sae import SAEPair
 
 FORMAT_VERSION = 1
-PACKAGE_DIR = Path(__file__).resolve().parent
 _SAES = ("input_sae", "output_sae")
 
 
@@ -175,7 +174,7 @@ def load_run(folder: str | Path, *, device: str | torch.device = "cpu") -> Run:
     if not model:
         raise UserError(f"{export / 'config.json'}: model is missing, so the MLP cannot be found: use SAEPair.load")
     mlp = FrozenMLP.from_pretrained(
-        locate_model(model["name"]),
+        model["name"],
         layer=model["layer"],
         revision=model["revision"],
         dtype=model["dtype"],
@@ -188,22 +187,6 @@ def load_run(folder: str | Path, *, device: str | torch.device = "cpu") -> Run:
             f"({model['mlp_hash'][:12]}): use the same model and revision"
         )
     return Run(load_pair(export, device=device), mlp.to(device), config, folder)
-
-
-def portable_name(name_or_path: str) -> str:
-    """Return how an export names its model: a hub name or path as it is, the embedded one as `package:...`.
-
-    The package lies elsewhere on another machine.
-    """
-    path = Path(name_or_path)
-    if path.is_absolute() and path.is_relative_to(PACKAGE_DIR):
-        return f"package:{path.relative_to(PACKAGE_DIR).as_posix()}"
-    return name_or_path
-
-
-def locate_model(name: str) -> str:
-    """Undo `portable_name`."""
-    return str(PACKAGE_DIR / name.removeprefix("package:")) if name.startswith("package:") else name
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:

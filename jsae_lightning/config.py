@@ -65,7 +65,6 @@ def register() -> None:
     ConfigStore.instance().store(name="root_schema", node=RootConfig)
     OmegaConf.register_new_resolver("num_steps", num_steps, replace=True)
     OmegaConf.register_new_resolver("short_hash", _short_hash, replace=True)
-    OmegaConf.register_new_resolver("package_dir", lambda: str(PACKAGE_DIR), replace=True)
 
 
 def _short_hash(text: str) -> str:
@@ -183,7 +182,7 @@ def _check_model(cfg: DictConfig) -> None:
     if (cfg.model.name is None) == (cfg.model.path is None):
         raise UserError(
             f"model.name: '{cfg.model.name}' with model.path '{cfg.model.path}': "
-            "give a hub name or a local directory, one of them"
+            "give one of them: model=hub model.name=NAME, or model=local model.path=DIR"
         )
     if cfg.model.path is not None and not Path(cfg.model.path).is_dir():
         raise UserError(f"model.path: there is no directory '{cfg.model.path}': give a Hugging Face model directory")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+from jsae_lightning import tiny_lm
 from jsae_lightning.errors import UserError
 
 Part = Literal["config", "weights", "tokenizer"]
@@ -46,7 +47,7 @@ def model_folder(name_or_path: str, *, revision: str | None = None, part: Part =
 
 def _local_folder(name_or_path: str, revision: str | None) -> Path | None:
     """Return the folder that the name stands for, None if it reads as a hub name."""
-    path = Path(name_or_path).expanduser()
+    path = tiny_lm.WEIGHTS if name_or_path == tiny_lm.NAME else Path(name_or_path).expanduser()
     if name_or_path and path.is_dir():
         if revision is not None:
             raise UserError(

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from factories import make_pair, make_x
-from jsae_lightning.checkpoint import find_checkpoint, load_pair, locate_model, portable_name, read_checkpoint
+from jsae_lightning.checkpoint import find_checkpoint, load_pair, read_checkpoint
 from jsae_lightning.errors import UserError
 from jsae_lightning.sae import SAEPair
 
@@ -122,10 +122,16 @@ def test_find_checkpoint_prefers_last(tmp_path):
     assert find_checkpoint(tmp_path).name == "last.ckpt"
 
 
-def test_the_embedded_model_has_a_portable_name():
-    from jsae_lightning.tiny_lm import WEIGHTS
+def test_load_run_finds_the_embedded_model_by_its_name_and_checks_its_hash(tmp_path):
+    from jsae_lightning import FrozenMLP, load_run
+    from jsae_lightning.tiny_lm import NAME
 
-    name = portable_name(str(WEIGHTS))
-    assert name == "package:tiny_lm/weights"
-    assert locate_model(name) == str(WEIGHTS)
-    assert portable_name("EleutherAI/pythia-70m") == locate_model("EleutherAI/pythia-70m") == "EleutherAI/pythia-70m"
+    mlp = FrozenMLP.from_pretrained(NAME, layer=1)
+    model = {"name": NAME, "layer": 1, "revision": None, "dtype": "float32", "random_weights": False, "random_seed": 0}
+    pair = make_pair(d_model=128).float()
+    pair.save(tmp_path / "sae_pair", metadata={"model": model | {"mlp_hash": mlp.weights_hash()}})
+    run = load_run(tmp_path)
+    assert torch.equal(run.mlp.W_in, mlp.W_in) and run.config["model"]["layer"] == 1
+    pair.save(tmp_path / "sae_pair", metadata={"model": model | {"layer": 2, "mlp_hash": mlp.weights_hash()}})
+    with pytest.raises(UserError, match="not those that the pair was trained on"):
+        load_run(tmp_path)

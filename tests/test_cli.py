@@ -57,7 +57,7 @@ BAD_CONFIG = [
     ("model.layer=3", ["model.layer", "3", "0 to 2"]),
     ("model.layer=-1", ["model.layer", "-1"]),
     ("model.path=nowhere", ["model.path", "nowhere"]),
-    ("model.name=some/model", ["model.name", "some/model", "one of them"]),
+    ("model.name=some/model", ["model.name", "some/model", "model=hub"]),
     ("model.dtype=int8", ["model.dtype", "int8", "float32"]),
     ("data.path=nowhere.txt", ["data.path", "nowhere.txt"]),
     ("data.source=sqlite", ["data.source", "sqlite", "parquet"]),

@@ -144,7 +144,7 @@ def test_paper_lambda_layer_and_width(experiment, d_model, layer, coef, expansio
 def test_every_model_preset_composes(path):
     if path.stem == "base":
         return
-    extra = ["model.path=.", "model.layer=0"] if path.stem == "local" else []
+    extra = {"local": ["model.path=.", "model.layer=0"], "hub": ["model.name=a/b", "model.layer=0"]}.get(path.stem, [])
     check_config(_compose([f"model={path.stem}", *extra]))
 
 

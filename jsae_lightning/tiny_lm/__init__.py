@@ -6,5 +6,8 @@ same code path as a hub name. `corpus.py` yields the text, `pretrain.py` is what
 
 from pathlib import Path
 
+NAME = "jsae-lightning/tiny-lm"
+"""What it is called where a hub name is expected; it is never looked for on the hub."""
+
 WEIGHTS = Path(__file__).parent / "weights"
 """Directory with `config.json`, `model.safetensors` and `tokenizer.json`."""
