@@ -16,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from jsae_lightning.config import check_architecture, check_config, config_dir, register
+from jsae_lightning.help import help_text
 from jsae_lightning.launch import exit_codes, is_sweep_job, record_arguments, resumed_arguments, run_sweep_job
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     """Console script `jsae-train`."""
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(help_text(config_dir()))
+        return
     with exit_codes(PROGRAM):
         sys.argv[1:] = resumed_arguments(sys.argv[1:])
         register()

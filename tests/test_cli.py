@@ -205,6 +205,14 @@ def _disk_full_at_third_save() -> None:
     torch.save = save
 
 
+def test_help_names_every_experiment_and_model(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["jsae-train", "--help"])
+    train_module.main()
+    text = capsys.readouterr().out
+    for name in ("paper/pythia-70m", "gated/gemma-2-2b", "qwen2.5-0.5b", "parquet", "hoyer", "ddp", "ckpt_path=auto"):
+        assert name in text
+
+
 def test_help_and_configuration_errors_import_nothing_heavy():
     code = (
         "import sys; sys.argv = ['jsae-train', '--cfg', 'job']; from jsae_lightning.train import main; main(); "

@@ -192,6 +192,12 @@ def test_training_skips_the_held_out_rows_in_every_epoch():
     assert set(trained.flatten().tolist()) == {EOS, *range(13, 40)}
 
 
+def test_many_rows_may_be_skipped():
+    texts = tagged_texts(100)
+    rest = stream(stream_rows(texts[70:])).read(0, 50, 0, 1)
+    assert stream(stream_rows(texts), skip_rows=70).read(0, 50, 0, 1).equal(rest)
+
+
 def test_a_held_out_part_larger_than_the_stream():
     val, held_out = first_sequences(stream_rows(tagged_texts(2)), encoder(), 100)
     assert 0 < len(val) < 100 and len(held_out) == 2

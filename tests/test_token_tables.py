@@ -102,6 +102,15 @@ def test_bos_before_each_token_row():
     assert train.read(torch.arange(len(train))).tolist() == [[1] + [5] * 7, [1] + [6] * 7]
 
 
+def test_bos_counts_as_a_token_of_the_row():
+    cut = table([[5] * 15, [6] * 15], holds_tokens=True)
+    train, _, _ = pack_table(cut, encoder("document", holds_tokens=True), val_fraction=None)
+    assert train.read(torch.arange(len(train))).tolist() == [[1] + [5] * 7, [5] * 8, [1] + [6] * 7, [6] * 8]
+    joined = table([[5] * 3, [], [6] * 3, [7] * 3], holds_tokens=True)
+    train, _, _ = pack_table(joined, encoder("document", holds_tokens=True), val_fraction=None)
+    assert train.read(torch.arange(len(train))).tolist() == [[1, 5, 5, 5, 1, 6, 6, 6]]
+
+
 def test_token_rows_are_split_by_content():
     values = [tagged_tokens(n, LENGTH) for n in range(60)] * 2
     train, val, left_out = pack_table(table(values, holds_tokens=True), encoder(holds_tokens=True), val_fraction=0.2)
