@@ -42,7 +42,7 @@ _POSITIVE = (
 )  # fmt: skip
 _DATA_KEYS_OF_OTHERS = {  # what each kind of source does not read
     "stdlib": ("path", "name", "config_name", "revision", "streaming", "text_column", "token_column"),
-    "files": ("name", "config_name", "revision", "streaming"),
+    "files": ("name", "config_name", "revision"),
     "hub": ("path",),
 }
 _SHARES = ("jacobian.warmup_fraction", "optim.warmup_fraction", "optim.decay_fraction", "data.val_fraction")

@@ -156,7 +156,7 @@ def _download(name: str, revision: str | None, part: Part) -> Path:
         return config.parent, [] if part == "config" else HfApi().list_repo_files(name, revision=commit)
 
     try:
-        folder, names = _within(PROBE_LIMIT, probe)
+        folder, names = within(PROBE_LIMIT, probe)
         # All files of one commit, whatever happens to the branch meanwhile.
         for file in (weight_files if part == "weights" else _tokenizer_files)(names):
             hf_hub_download(name, file, revision=folder.name)
@@ -165,7 +165,7 @@ def _download(name: str, revision: str | None, part: Part) -> Path:
     return folder
 
 
-def _within(seconds: float, function: Callable[[], Any]) -> Any:
+def within(seconds: float, function: Callable[[], Any]) -> Any:
     """Return `function()`, or raise TimeoutError after `seconds`; the abandoned thread ends with the process."""
     answers: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
 

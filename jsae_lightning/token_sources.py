@@ -10,15 +10,14 @@ import dataclasses
 import glob
 import hashlib
 import itertools
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from jsae_lightning.config_schema import DataConfig
 from jsae_lightning.errors import UserError
-from jsae_lightning.model_files import first_line
+from jsae_lightning.model_files import first_line, within
 from jsae_lightning.tiny_lm import corpus
 
 TEXT_COLUMNS = ("text", "content")
@@ -284,37 +283,20 @@ def _check_hub(name: str, revision: str | None) -> None:
 
     if constants.HF_HUB_OFFLINE:  # then only the local cache is asked, at once
         return
-    error = _within(HUB_TIMEOUT_S, lambda: HfApi().dataset_info(name, revision=revision, timeout=HUB_TIMEOUT_S / 2))
-    if error is None:
-        return
-    if isinstance(error, RepositoryNotFoundError | HFValidationError):
+    try:
+        within(HUB_TIMEOUT_S, lambda: HfApi().dataset_info(name, revision=revision, timeout=HUB_TIMEOUT_S / 2))
+    except (RepositoryNotFoundError, HFValidationError) as error:
         raise UserError(
             f"data.name: neither a folder nor a dataset of the hub is called '{name}' (or it is private or gated): "
             "correct the name, or log in with `hf auth login`"
         ) from error
-    if isinstance(error, RevisionNotFoundError):
+    except RevisionNotFoundError as error:
         raise UserError(f"data.revision: dataset '{name}' has no revision '{revision}': correct it") from error
-    raise UserError(
-        f"data.name: no folder '{name}' here, and the hub cannot be reached ({type(error).__name__}): check the "
-        "network, or set HF_HUB_OFFLINE=1 if the dataset was downloaded before, or use data.source=stdlib"
-    ) from error
-
-
-def _within(seconds: float, call: Callable[[], Any]) -> Exception | None:
-    """Run `call` for at most `seconds` (name look-ups have no timeout of their own); return what it raised, or None."""
-    outcome: list[Exception | None] = [TimeoutError(f"no answer within {seconds} s")]
-
-    def run() -> None:
-        try:
-            call()
-            outcome[0] = None
-        except Exception as error:
-            outcome[0] = error
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return outcome[0]
+    except Exception as error:
+        raise UserError(
+            f"data.name: no folder '{name}' here, and the hub cannot be reached ({type(error).__name__}): check the "
+            "network, or set HF_HUB_OFFLINE=1 if the dataset was downloaded before, or use data.source=stdlib"
+        ) from error
 
 
 @contextlib.contextmanager
