@@ -12,12 +12,15 @@ if TYPE_CHECKING:
     from jsae_lightning.checkpoint import load_run
     from jsae_lightning.frozen_mlp import FrozenMLP
     from jsae_lightning.jacobians import Jacobian, jacobian
+    from jsae_lightning.language_model import LanguageModel, load_tokenizer
     from jsae_lightning.sae import Latents, SAEPair, TopKSAE
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "FrozenMLP": "frozen_mlp",
+    "LanguageModel": "language_model",
+    "load_tokenizer": "language_model",
     "Jacobian": "jacobians",
     "Latents": "sae",
     "SAEPair": "sae",
@@ -25,7 +28,17 @@ _HOMES = {
     "jacobian": "jacobians",
     "load_run": "checkpoint",
 }
-__all__ = ["FrozenMLP", "Jacobian", "Latents", "SAEPair", "TopKSAE", "jacobian", "load_run"]
+__all__ = [
+    "FrozenMLP",
+    "Jacobian",
+    "LanguageModel",
+    "Latents",
+    "SAEPair",
+    "TopKSAE",
+    "jacobian",
+    "load_run",
+    "load_tokenizer",
+]
 
 
 def __getattr__(name: str) -> Any:

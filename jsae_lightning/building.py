@@ -44,8 +44,6 @@ class Experiment:
     def announce(self) -> None:
         """Log what is about to happen and record the configuration with the loggers."""
         log.info("run folder: %s", self.folder)
-        if self.checkpoint is not None:
-            log.info("going on from %s", self.checkpoint)
         for logger in self.trainer.loggers:
             if hasattr(logger, "log_config"):
                 logger.log_config(OmegaConf.to_yaml(self.cfg, resolve=True))
@@ -55,7 +53,15 @@ class Experiment:
 
     def fit(self) -> None:
         """Train, from the checkpoint if there is one."""
-        self.trainer.fit(self.module, datamodule=self.data, ckpt_path=self.checkpoint)
+        try:
+            self.trainer.fit(self.module, datamodule=self.data, ckpt_path=self.checkpoint)
+        except SystemExit:  # how Lightning ends after Ctrl-C
+            log.warning(
+                "interrupted at step %d; go on from the last checkpoint, if any, with: "
+                "jsae-train ckpt_path=auto hydra.run.dir=%s",
+                *(self.trainer.global_step, self.folder),
+            )
+            raise
 
     def metrics(self) -> dict[str, float]:
         """Return the final figures of the run."""
@@ -113,7 +119,11 @@ def build_experiment(cfg: DictConfig) -> Experiment:
     module = build_module(cfg, architecture.d_model)
     checkpoint = choose_checkpoint(cfg)
     if checkpoint is not None:
-        check_checkpoint(checkpoint, module)
+        step = check_checkpoint(checkpoint, module)
+        done = ", which is complete: nothing is left to train" if step >= cfg.trainer.max_steps else ""
+        log.info("going on from step %d of %s%s", step, checkpoint, done)
+    elif cfg.ckpt_path == "auto":
+        log.warning("ckpt_path=auto: there is no checkpoint in %s: starting at step 0", cfg.paths.output_dir)
     return Experiment(cfg, build_data(cfg), module, trainer, checkpoint)
 
 
@@ -165,6 +175,8 @@ def build_trainer(cfg: DictConfig) -> lightning.Trainer:
     callbacks = [build(node, f"callbacks.{name}") for name, node in cfg.callbacks.items() if node is not None]
     loggers = [build(node, f"logger.{name}") for name, node in cfg.logger.items() if node is not None]
     accelerator = cfg.trainer.accelerator
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UserError(f"trainer.accelerator: {accelerator}, but torch sees no CUDA device: use trainer=cpu")
     if accelerator == "auto":  # Lightning's own choice may be one without float64, in which sums are kept
         accelerator = "gpu" if torch.cuda.is_available() else "cpu"
     return build(
@@ -191,9 +203,10 @@ def choose_checkpoint(cfg: DictConfig) -> Path | None:
     return None if cfg.ckpt_path is None else Path(cfg.ckpt_path)
 
 
-def check_checkpoint(path: Path, module: JSAEModule) -> None:
-    """Refuse a checkpoint of another shape or recipe, naming the first key that differs."""
-    found = flatten(dict(read_checkpoint(path).get("hyper_parameters", {})))
+def check_checkpoint(path: Path, module: JSAEModule) -> int:
+    """Refuse a checkpoint of another shape or recipe, naming the first key that differs; return its step."""
+    checkpoint = read_checkpoint(path)
+    found = flatten(dict(checkpoint.get("hyper_parameters", {})))
     for key, value in flatten(dict(module.hparams)).items():
         if key not in found:
             raise UserError(f"{path}: {key} is missing: this is no checkpoint of jsae-train")
@@ -201,6 +214,7 @@ def check_checkpoint(path: Path, module: JSAEModule) -> None:
             raise UserError(
                 f"{path}: was made with {key}={found[key]}, this run has {value}: repeat the run's own overrides"
             )
+    return int(checkpoint["global_step"])
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -143,8 +143,9 @@ def _model_card(config: dict[str, Any]) -> str:
         f"{jacobian.get('at', '?')}; {config.get('tokens_seen', '?')} tokens.",
         "",
         "```python",
-        "from jsae_lightning import SAEPair",
-        "pair = SAEPair.load(FOLDER)",
+        "from jsae_lightning import SAEPair, load_run",
+        "pair = SAEPair.load(FOLDER)      # the two SAEs",
+        "run = load_run(FOLDER)           # with the MLP of the language model, checked by its hash: run.pair, run.mlp",
         "```",
         "",
     ]
@@ -168,6 +169,8 @@ def load_run(folder: str | Path, *, device: str | torch.device = "cpu") -> Run:
     The MLP is loaded by the same path as in training; raises UserError if its weights' hash differs.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder: give a run's folder or an exported pair's")
     export = folder / "sae_pair" if (folder / "sae_pair").is_dir() else folder
     config = read_pair_config(export)
     model = config.get("model")

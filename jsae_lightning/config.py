@@ -74,6 +74,10 @@ def _short_hash(text: str) -> str:
 
 def check_config(cfg: DictConfig) -> None:
     """Check every rule that needs no model; raise UserError with the key, the value found and the remedy."""
+    for section in ("model", "data", "sae", "jacobian", "optim", "eval", "checkpoint"):
+        for key in cfg[section]:
+            if OmegaConf.is_missing(cfg[section], key):
+                raise UserError(f"{section}.{key}: has no value and no default: give {section}.{key}=...")
     for key, allowed in _CHOICES.items():
         if (value := OmegaConf.select(cfg, key)) not in allowed:
             raise UserError(f"{key}: '{value}' is not known: choose one of {', '.join(map(str, allowed))}")

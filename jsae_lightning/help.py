@@ -8,7 +8,7 @@ usage: jsae-train [GROUP=CHOICE ...] [KEY=VALUE ...] [-m] [--config-dir DIR]
 
 Train a Jacobian SAE pair on the MLP of a language model. Without arguments: on the embedded model and text.
 
-  jsae-train experiment=smoke                                    is everything in order? (seconds)
+  jsae-train experiment=smoke                                    is everything in order? (half a minute)
   jsae-train experiment=paper/pythia-70m trainer=gpu             the paper's recipe
   jsae-train experiment=none model=local model.path=DIR model.layer=2 data=text data.path=FILE
   jsae-train -m sae.k=16,32 jacobian.coef=0,0.5                  a sweep, one process a job

@@ -50,8 +50,13 @@ def jacobian(pair: SAEPair, mlp: FrozenMLP, mlp_in: Float[Tensor, "tokens d_mode
     `at="input"` linearises the MLP at the true x and takes the output latents of the true y = f(x), as the published
     training does; `at="reconstruction"` is the formal definition: everything at x_hat, output latents of f(x_hat).
     Gradients reach W_dec of the input SAE and W_enc of the output SAE, and at `reconstruction` also what x_hat
-    depends on. Raises UserError for any other `at`.
+    depends on. Raises UserError for any other `at`, and for `mlp_in` of another shape.
     """
+    if mlp_in.ndim != 2 or mlp_in.shape[1] != pair.d_model:
+        raise UserError(
+            f"mlp_in: has shape {list(mlp_in.shape)}, not (tokens, {pair.d_model}): flatten (batch, seq, d_model) by "
+            ".flatten(0, 1)"
+        )
     latents_in = pair.input_sae.encode(mlp_in)
     point = linearization_point(pair, mlp_in, latents_in, at)
     mlp_out, slopes = mlp.forward_with_slopes(point)

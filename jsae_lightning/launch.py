@@ -73,10 +73,9 @@ def _hydra_message(error: Exception) -> str:
     parts = [str(error)] + ([str(cause)] if cause is not None and str(cause) not in str(error) else [])
     lines = [line.strip().rstrip(".") for part in parts for line in part.splitlines()]
     # `full_key` is kept, `object_type` (a class of ours) and the advice to append with "+" would mislead.
-    kept = [
-        line for line in lines if line and not line.startswith(("object_type", "reference_type", "To append to your"))
-    ]
-    return "; ".join(kept) + ": correct the key or value (`jsae-train --cfg job` prints all keys)"
+    noise = ("object_type", "reference_type", "To append to your", "Config search path", "provider=")
+    kept = [line for line in lines if line and not line.startswith(noise)]
+    return "; ".join(kept) + ": correct the key or value (--help lists all choices, --cfg job all keys)"
 
 
 def record_arguments(folder: Path) -> None:

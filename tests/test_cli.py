@@ -56,6 +56,8 @@ BAD_CONFIG = [
     ("sae.k_output=65", ["sae.k_output", "65", "64"]),
     ("model.layer=3", ["model.layer", "3", "0 to 2"]),
     ("model.layer=-1", ["model.layer", "-1"]),
+    ("model.layer=???", ["model.layer", "give model.layer="]),
+    ("trainer.accelerator=gpu", ["trainer.accelerator", "trainer=cpu"]),
     ("model.path=nowhere", ["model.path", "nowhere"]),
     ("model.name=some/model", ["model.name", "some/model", "model=hub"]),
     ("model.dtype=int8", ["model.dtype", "int8", "float32"]),

@@ -109,6 +109,15 @@ def test_unknown_point_is_refused():
         jacobian(make_pair(), make_mlp(), make_x(), "output")
 
 
+@pytest.mark.parametrize("shape", [(3, 9), (10,)])
+def test_input_of_another_shape_is_refused(shape):
+    from jsae_lightning import jacobians
+
+    plain = getattr(jacobians.jacobian, "__wrapped__", jacobians.jacobian)  # without the shape check of the tests
+    with pytest.raises(UserError, match=r"mlp_in: has shape .* not \(tokens, 10\)"):
+        plain(make_pair(), make_mlp(), torch.zeros(shape, dtype=torch.float64))
+
+
 def test_the_public_name_is_the_function():
     """A submodule of the same name would hide it once anything has imported that."""
     import jsae_lightning
