@@ -159,29 +159,37 @@ def test_killed_and_resumed_equals_uninterrupted(moment, material, uninterrupted
     _assert_same_run(run, uninterrupted)
 
 
-@pytest.mark.slow
-def test_killed_twice_while_streaming_equals_uninterrupted(material, tmp_path):
-    """A streamed data set, whose position is a part of the checkpoint."""
+@pytest.fixture(scope="module")
+def streamed(material, tmp_path_factory):
+    """Overrides of a run on a streamed data set of three shards, and the uninterrupted run."""
     from datasets import Dataset
 
     model, text = material
-    stream = tmp_path / "stream"
+    folder = tmp_path_factory.mktemp("streamed")
     for shard in range(3):
         documents = text.read_text().split("\n\n")[shard::3]
-        Dataset.from_dict({"text": documents}).to_parquet(str(stream / f"train-{shard}.parquet"))
+        Dataset.from_dict({"text": documents}).to_parquet(str(folder / "stream" / f"train-{shard}.parquet"))
 
     def overrides(run: Path) -> list[str]:
         kept = [o for o in toy_overrides(model, text, run) if not o.startswith(("data=", "data.path", "data.document"))]
-        return [*kept, "data=hub", f"data.name={stream}", "data.streaming=true"]
+        return [*kept, "data=hub", f"data.name={folder / 'stream'}", "data.streaming=true"]
 
-    output = tmp_path / "output"
-    assert train(overrides(tmp_path / "whole"), output=output) == 0, output.read_text()
-    run = tmp_path / "run"
-    assert train(overrides(run), output=output, fault=FAULTS["inside_block"]) == -9
+    assert train(overrides(folder / "run"), output=folder / "output") == 0, (folder / "output").read_text()
+    return overrides, folder / "run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_and_resumed_stream_equals_uninterrupted(moment, streamed, tmp_path):
+    """A streamed data set, whose position is a part of the checkpoint; killed a second time soon after the resume."""
+    overrides, expected = streamed
+    run, output = tmp_path / "run", tmp_path / "output"
+    assert train(overrides(run), output=output, fault=FAULTS[moment]) == -9
     again = ["ckpt_path=auto", f"hydra.run.dir={run}"]
-    assert train(again, output=output, fault=functools.partial(_patch, *_STEP, 5)) == -9
+    if moment == "inside_block":
+        assert train(again, output=output, fault=functools.partial(_patch, *_STEP, 5)) == -9
     assert train(again, output=output) == 0, output.read_text()
-    _assert_same_run(run, tmp_path / "whole")
+    _assert_same_run(run, expected)
 
 
 def test_saving_and_evaluating_do_not_change_the_trajectory(material, uninterrupted, tmp_path):
