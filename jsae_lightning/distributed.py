@@ -12,11 +12,6 @@ def rank_and_world_size() -> tuple[int, int]:
     return 0, 1
 
 
-def is_rank_zero() -> bool:
-    """Whether this process is the one that writes files and logs."""
-    return rank_and_world_size()[0] == 0
-
-
 def all_reduce_sum(sums: dict[str, Tensor]) -> dict[str, Tensor]:
     """Add up every entry of `sums` over the ranks, in one collective call.
 

@@ -13,7 +13,7 @@ WORKER = """
 import sys
 import torch
 import torch.distributed as dist
-from jsae_lightning.distributed import all_reduce_max, all_reduce_sum, is_rank_zero, rank_and_world_size
+from jsae_lightning.distributed import all_reduce_max, all_reduce_sum, rank_and_world_size
 from test_distributed import evaluate
 
 rank, folder = int(sys.argv[1]), sys.argv[2]
@@ -26,7 +26,7 @@ mask = torch.tensor([rank == 0, rank == 1, False])
 out = {
     "sums": all_reduce_sum(sums), "counts_after": counts, "max": all_reduce_max(mask), "mask_after": mask,
     "largest": all_reduce_max(torch.tensor([1.5 * rank, -1.0 - rank])),
-    "rank": rank_and_world_size(), "zero": is_rank_zero(), "evaluation": evaluate().metrics,
+    "rank": rank_and_world_size(), "evaluation": evaluate().metrics,
 }
 torch.save(out, f"{folder}/{rank}.pt")
 dist.destroy_process_group()
@@ -61,7 +61,6 @@ def test_two_processes_reduce_and_evaluate_like_one(tmp_path):
     single = evaluate()
     for rank, found in enumerate(results):
         assert found["rank"] == (rank, 2)
-        assert found["zero"] == (rank == 0)
         assert found["sums"]["b"].tolist() == [2**41 + 1, 6]
         assert found["sums"]["b"].dtype == torch.int64
         assert torch.equal(found["sums"]["a"], torch.full((2, 2), 2.0))
@@ -77,7 +76,6 @@ def test_two_processes_reduce_and_evaluate_like_one(tmp_path):
 
 def test_one_process_needs_no_group():
     assert distributed.rank_and_world_size() == (0, 1)
-    assert distributed.is_rank_zero()
     sums, mask = {"a": torch.tensor(2.5), "n": torch.tensor([1, 2])}, torch.tensor([True, False])
     assert distributed.all_reduce_sum(sums) == sums
     assert distributed.all_reduce_sum(sums) is not sums
