@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from jsae_lightning.atomic_files import atomic_file
-from jsae_lightning.errors import UserError
+from jsae_lightning.errors import RunError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -41,12 +41,16 @@ _FILE_ERRORS = {
 
 @contextmanager
 def exit_codes(program: str) -> Iterator[None]:
-    """End the process with 2 and one line for a mistake of the user's, with 1 and a traceback for anything else."""
+    """End the process with 2 and one line for a mistake of the user's, with 1 for anything else: one line for what the
+    surroundings did to a run, a traceback for what nobody foresaw.
+    """  # noqa: D205
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises instead of printing its own report
     try:
         yield
     except UserError as error:
         _fail(program, str(error))
+    except RunError as error:
+        _fail(program, str(error), code=1)
     except (HydraException, OmegaConfBaseException) as error:
         _fail(program, _hydra_message(error))
     except OSError as error:
@@ -61,10 +65,10 @@ def exit_codes(program: str) -> Iterator[None]:
         sys.exit(1)
 
 
-def _fail(program: str, message: str) -> None:
+def _fail(program: str, message: str, code: int = 2) -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"{program}: error: {message}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def _hydra_message(error: Exception) -> str:

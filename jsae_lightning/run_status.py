@@ -1,0 +1,142 @@
+"""How a run stands: `status.json` in its folder, and the lock that one training process holds on the folder.
+
+    {"status": "finished", "attempts": [{"started_at": "2026-01-01T10:00:00+00:00", "ended_at": ..., "seconds": 12.3,
+     "host": "n1", "pid": 4711, "slurm_job_id": "17", "exit_code": 0, "message": null}, ...]}
+
+An attempt is one start of the run: the first, and one for each resume. What kills a process (SIGKILL, a power cut)
+leaves its attempt without an end; the lock, which the operating system drops with the process, then tells that it is
+over. Imports neither torch nor lightning.
+"""
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from jsae_lightning.atomic_files import atomic_file
+from jsae_lightning.errors import RunError
+
+STATUS = "status.json"
+
+
+@dataclass
+class Attempt:
+    """One start of a run: times in UTC (ISO 8601), the process, and how it ended (None: not yet, or it was killed)."""
+
+    started_at: str
+    host: str
+    pid: int
+    slurm_job_id: str | None = None
+    ended_at: str | None = None
+    seconds: float | None = None
+    exit_code: int | None = None
+    message: str | None = None
+
+
+@dataclass
+class RunStatus:
+    """`status`: `running`, `finished`, `failed` (exit code not 0) or, found by `read_status` only, `killed`."""
+
+    status: str
+    attempts: list[Attempt]
+
+    @property
+    def seconds(self) -> float | None:
+        """Wall-clock seconds of all attempts whose end is known; None if there is none."""
+        known = [attempt.seconds for attempt in self.attempts if attempt.seconds is not None]
+        return sum(known) if known else None
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Hold the lock of a run's folder: one process at a time trains there, and its death frees the folder.
+
+    The lock is on the folder itself (flock), so that no file is left behind. Raises RunError if another process holds
+    it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                f"{folder}: another process is training in this folder: wait for it, or choose another with "
+                "hydra.run.dir=DIR"
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def is_locked(folder: Path) -> bool:
+    """Say whether a process trains in `folder` now (on this machine, or any that shares locks over the file system)."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+@contextmanager
+def recorded_attempt(folder: Path) -> Iterator[None]:
+    """Note in `status.json` that an attempt begins and, whatever happens inside, how it ends."""
+    earlier = read_status(folder)
+    attempts = earlier.attempts if earlier is not None else []
+    attempt = Attempt(_now(), socket.gethostname(), os.getpid(), os.environ.get("SLURM_JOB_ID"))
+    status = RunStatus("running", [*attempts, attempt])
+    write_status(folder, status)
+    began = time.monotonic()
+    code, message = 1, None
+    try:
+        yield
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        raise
+    except BaseException as error:
+        message = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        attempt.ended_at, attempt.seconds = _now(), round(time.monotonic() - began, 3)
+        attempt.exit_code, attempt.message = code, message
+        status.status = "finished" if code == 0 else "failed"
+        with suppress(Exception):  # what ended the run matters more than the note of it
+            write_status(folder, status)
+
+
+def write_status(folder: Path, status: RunStatus) -> None:
+    """Write `status.json`, whole or not at all."""
+    with atomic_file(folder / STATUS) as temporary:
+        temporary.write_text(json.dumps(asdict(status), indent=2) + "\n", encoding="utf-8")
+
+
+def read_status(folder: Path) -> RunStatus | None:
+    """Return how the run in `folder` stands, None if nothing readable says so.
+
+    A run that says `running` while nobody holds its folder's lock is `killed`.
+    """
+    try:
+        content = json.loads((folder / STATUS).read_text(encoding="utf-8"))
+        status = RunStatus(str(content["status"]), [Attempt(**attempt) for attempt in content["attempts"]])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if status.status == "running" and not is_locked(folder):
+        status.status = "killed"
+    return status
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
