@@ -17,7 +17,7 @@ from jsae_lightning.architecture import read_architecture
 from jsae_lightning.atomic_files import remove_leftovers
 from jsae_lightning.callbacks.checkpointing import AtomicCheckpointIO
 from jsae_lightning.checkpoint import find_checkpoint, read_checkpoint, save_pair
-from jsae_lightning.config import build, jacobian_coef, micro_batch_tokens, sae_widths, to_dict
+from jsae_lightning.config import build, jacobian_coef, sae_widths, to_dict
 from jsae_lightning.data import ActivationDataModule
 from jsae_lightning.errors import UserError
 from jsae_lightning.module import JSAEModule
@@ -149,8 +149,8 @@ def build_data(cfg: DictConfig) -> ActivationDataModule:
         },
         data=data | {"train_tokens": int(data["train_tokens"])},
         seed=cfg.seed,
-        num_micro_batches=cfg.trainer.max_steps * cfg.trainer.accumulate_grad_batches,
-        micro_batch_tokens=micro_batch_tokens(cfg),
+        num_batches=cfg.trainer.max_steps,
+        micro_batches=cfg.trainer.accumulate_grad_batches,
     )
 
 

@@ -45,6 +45,7 @@ class DataConfig:
     train_tokens: int | float = MISSING  # 2e6 is welcome
     batch_tokens: int = MISSING
     buffer_batches: int = MISSING
+    num_shards: int | None = MISSING
     lm_batch_sequences: int = MISSING
     val_sequences: int = MISSING
     val_fraction: float = MISSING
