@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from jsae_lightning.config_schema import RootConfig
 from jsae_lightning.errors import UserError
+from jsae_lightning.processes import start_time
 from jsae_lightning.sharding import choose_num_shards
 
 PACKAGE_DIR = Path(__file__).resolve().parent
@@ -65,6 +66,7 @@ def register() -> None:
     """Register the schema and the resolvers with Hydra; may be called again."""
     ConfigStore.instance().store(name="root_schema", node=RootConfig)
     OmegaConf.register_new_resolver("num_steps", num_steps, replace=True)
+    OmegaConf.register_new_resolver("start_time", start_time, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("short_hash", _short_hash, replace=True)
 
 

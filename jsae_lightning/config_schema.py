@@ -112,6 +112,13 @@ class CheckpointConfig:
 
 
 @dataclass
+class SweepConfig:
+    """Sweeps (`-m`): `conf/sweep/default.yaml`."""
+
+    resume: bool = MISSING
+
+
+@dataclass
 class PathsConfig:
     """Folders: `conf/paths/default.yaml`."""
 
@@ -130,6 +137,7 @@ class RootConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
     trainer: dict[str, Any] = field(default_factory=dict)
     callbacks: dict[str, Any] = field(default_factory=dict)

@@ -92,7 +92,7 @@ class JSAEModule(lightning.LightningModule):
         checkpoint["mlp_hash"] = self.mlp.weights_hash()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another MLP (model, revision, layer, dtype or random weights); recount micro-batches."""
+        """Refuse a checkpoint of another MLP (model, revision, layer, dtype, random weights); recount micro-batches."""
         if self.mlp is not None and (found := checkpoint.get("mlp_hash")) != (own := self.mlp.weights_hash()):
             raise UserError(
                 f"ckpt_path: was made with another MLP (hash {str(found)[:12]}, here {own[:12]}): repeat the model.* "

@@ -1,0 +1,69 @@
+"""What the processes of one run owe each other: a child ends with its parent, and all ranks name one folder.
+
+Imports torch only where `torchrun` has started this process.
+"""
+
+import os
+import sys
+import threading
+import time
+
+_PARENT = "JSAE_PARENT_PID"
+_STARTED_AT = "JSAE_STARTED_AT"
+_SECONDS_BETWEEN_LOOKS = 1.0
+
+
+def end_with_parent() -> None:
+    """End this process when the one that started it is gone, if that was one of ours (a sweep, or rank 0).
+
+    Such a parent that is killed leaves children that would wait for it, or train on unseen in a folder that the user
+    means to resume. Processes that are started from here on will look after this one.
+    """
+    parent = os.environ.get(_PARENT)
+    os.environ[_PARENT] = str(os.getpid())
+    if parent is not None and int(parent) == os.getppid():
+        threading.Thread(target=_watch, args=(int(parent),), daemon=True, name="parent-watch").start()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    print(f"the process that started this one (pid {parent}) is gone: ending", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def agree_on_start_time() -> None:
+    """Give all ranks that `torchrun` has started the same time for the name of their folder: that of rank 0.
+
+    Rank 0 publishes it in the store of torchrun's agent, where it outlives a restart of the ranks. Ranks that
+    Lightning or a sweep starts inherit it, or are told their folder.
+    """
+    started_at = repr(time.time())
+    if "TORCHELASTIC_RUN_ID" in os.environ and _STARTED_AT not in os.environ:
+        started_at = _shared(started_at)
+    os.environ.setdefault(_STARTED_AT, started_at)
+
+
+def start_time(pattern: str) -> str:
+    """Return when this run was started, local time in the pattern of `strftime`."""
+    return time.strftime(pattern, time.localtime(float(os.environ.get(_STARTED_AT, time.time()))))
+
+
+def is_rank_zero() -> bool:
+    """Whether this process is, or will start, the ranks' first: by what Lightning, torchrun or Slurm has set."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+
+
+def is_restarted() -> bool:
+    """Whether `torchrun` (after a rank failed) or Slurm (after a requeue) has started this run again."""
+    return any(int(os.environ.get(name, "0")) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
+def _shared(value: str) -> str:
+    from torch.distributed import TCPStore
+
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(host, port, is_master=False)
+    if os.environ.get("RANK") == "0":
+        return store.compare_set("jsae_lightning/started_at", "", value).decode()
+    return store.get("jsae_lightning/started_at").decode()
