@@ -7,10 +7,14 @@ import os
 import sys
 import threading
 import time
+from datetime import timedelta
+
+from jsae_lightning.errors import RunError
 
 _PARENT = "JSAE_PARENT_PID"
 _STARTED_AT = "JSAE_STARTED_AT"
 _SECONDS_BETWEEN_LOOKS = 1.0
+_STORE_TIMEOUT_S = 60
 
 
 def end_with_parent() -> None:
@@ -19,17 +23,33 @@ def end_with_parent() -> None:
     Such a parent that is killed leaves children that would wait for it, or train on unseen in a folder that the user
     means to resume. Processes that are started from here on will look after this one.
     """
-    parent = os.environ.get(_PARENT)
+    parent = int(os.environ.get(_PARENT, "0"))
     os.environ[_PARENT] = str(os.getpid())
-    if parent is not None and int(parent) == os.getppid():
-        threading.Thread(target=_watch, args=(int(parent),), daemon=True, name="parent-watch").start()
+    if parent == os.getppid():
+        threading.Thread(target=_watch, args=(parent,), daemon=True, name="parent-watch").start()
+    elif parent and not _is_alive(parent):  # gone before this process came so far
+        _end(parent)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _end(parent: int) -> None:
+    print(f"the process that started this one (pid {parent}) is gone: ending", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _watch(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(_SECONDS_BETWEEN_LOOKS)
-    print(f"the process that started this one (pid {parent}) is gone: ending", file=sys.stderr, flush=True)
-    os._exit(1)
+    _end(parent)
 
 
 def agree_on_start_time() -> None:
@@ -60,10 +80,16 @@ def is_restarted() -> bool:
 
 
 def _shared(value: str) -> str:
-    from torch.distributed import TCPStore
+    from torch.distributed import DistError, TCPStore
 
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = TCPStore(host, port, is_master=False)
-    if os.environ.get("RANK") == "0":
-        return store.compare_set("jsae_lightning/started_at", "", value).decode()
-    return store.get("jsae_lightning/started_at").decode()
+    try:
+        store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=_STORE_TIMEOUT_S))
+        if os.environ.get("RANK") == "0":
+            return store.compare_set("jsae_lightning/started_at", "", value).decode()
+        return store.get("jsae_lightning/started_at").decode()
+    except DistError as error:
+        raise RunError(
+            f"torchrun: its store at {host}:{port} does not answer within {_STORE_TIMEOUT_S} s, so the ranks cannot "
+            "agree on a folder: use torchrun --standalone on one machine, or give hydra.run.dir=DIR"
+        ) from error

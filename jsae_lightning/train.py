@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from jsae_lightning.config import check_architecture, check_config, config_dir, register
 from jsae_lightning.help import help_text
 from jsae_lightning.launch import exit_codes, record_arguments, resumed_arguments
-from jsae_lightning.processes import agree_on_start_time, end_with_parent, is_rank_zero
+from jsae_lightning.processes import agree_on_start_time, end_with_parent, is_rank_zero, is_restarted
 from jsae_lightning.run_status import AttemptRecord, locked_folder, recorded_attempt
 from jsae_lightning.sweeps import SweepReport, is_sweep_job, run_sweep_job
 
@@ -49,6 +49,9 @@ def run(cfg: DictConfig) -> float:
     if is_sweep_job():
         return run_sweep_job(cfg)
     warn_about_preset()
+    if is_restarted() and cfg.ckpt_path is None:
+        log.info("started again: going on from the folder's last checkpoint, as with ckpt_path=auto")
+        cfg.ckpt_path = "auto"
     with exit_codes(PROGRAM):  # here, because Hydra would add lines of its own to an error's
         check_config(cfg)
         check_architecture(cfg)

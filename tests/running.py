@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -73,6 +74,33 @@ def _child(overrides: list[str], output: Path, fault: Callable[[], None] | None)
     if fault is not None:
         fault()
     main()
+
+
+def command(overrides: list[str], *torchrun: str) -> list[str]:
+    """What runs `jsae-train` as a real process; by torchrun, if arguments of its are given."""
+    launcher = ["-m", "torch.distributed.run", *torchrun] if torchrun else []
+    return [sys.executable, *launcher, "-m", "jsae_lightning.train", *overrides]
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """The environment for such a process: the package and the tests' own modules can be imported."""
+    tests = Path(__file__).parent
+    paths = [str(tests.parent), str(tests), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | changes
+
+
+def run(arguments: list[str], *, output: Path, **changes: str) -> int:
+    """Run a command to its end, its output added to a file; return its exit code."""
+    with output.open("ab") as file:
+        done = subprocess.run(
+            arguments,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            timeout=TIME_LIMIT,
+            env=environment(**changes),
+            check=False,
+        )
+    return done.returncode
 
 
 def kill_self() -> None:
