@@ -55,8 +55,8 @@ def _watch(parent: int) -> None:
 def agree_on_start_time() -> None:
     """Give all ranks that `torchrun` has started the same time for the name of their folder: that of rank 0.
 
-    Rank 0 publishes it in the store of torchrun's agent, where it outlives a restart of the ranks. Ranks that
-    Lightning or a sweep starts inherit it, or are told their folder.
+    Rank 0 publishes it in the store of torchrun's agent. Ranks that Lightning or a sweep starts inherit it, or are told
+    their folder.
     """
     started_at = repr(time.time())
     if "TORCHELASTIC_RUN_ID" in os.environ and _STARTED_AT not in os.environ:
@@ -75,8 +75,8 @@ def is_rank_zero() -> bool:
 
 
 def is_restarted() -> bool:
-    """Whether `torchrun` (after a rank failed) or Slurm (after a requeue) has started this run again."""
-    return any(int(os.environ.get(name, "0")) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    """Whether Slurm has started this job again, after a requeue."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
 
 
 def _shared(value: str) -> str:
@@ -86,7 +86,8 @@ def _shared(value: str) -> str:
     try:
         store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=_STORE_TIMEOUT_S))
         if os.environ.get("RANK") == "0":
-            return store.compare_set("jsae_lightning/started_at", "", value).decode()
+            store.set("jsae_lightning/started_at", value)
+            return value
         return store.get("jsae_lightning/started_at").decode()
     except DistError as error:
         raise RunError(

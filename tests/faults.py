@@ -5,6 +5,7 @@ import os
 import signal
 from pathlib import Path
 
+from hydra.experimental.callback import Callback as HydraCallback
 from lightning.pytorch import Callback
 
 KILL = "JSAE_TEST_KILL"
@@ -12,20 +13,30 @@ KILL = "JSAE_TEST_KILL"
 
 
 class KillSelf(Callback):
-    """SIGKILL, as KILL says; nothing without it."""
+    """SIGKILL as `kill` or the environment says, but not in a run that was resumed."""
+
+    def __init__(self, kill=""):
+        self.kill = kill
+
+    def on_train_start(self, trainer, pl_module):
+        self.is_resumed = trainer.global_step > 0
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        rank, _, step = os.environ.get(KILL, "").partition(":")
-        if step and trainer.global_step == int(step) and rank in (str(trainer.global_rank), "all"):
+        rank, _, step = (self.kill or os.environ.get(KILL, "")).partition(":")
+        is_chosen = rank in (str(trainer.global_rank), "all")
+        if is_chosen and not self.is_resumed and trainer.global_step == int(step):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-class KillFirstStart(KillSelf):
-    """The same, but not when torchrun has started the ranks again."""
+class RecordReturns(HydraCallback):
+    """Writes what each job of a sweep returned to its sweeper, a line each."""
 
-    def on_train_batch_end(self, trainer, *args):
-        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-            super().on_train_batch_end(trainer, *args)
+    def __init__(self, path):
+        self.path = Path(path)
+
+    def on_job_end(self, config, job_return, **kwargs):
+        with self.path.open("a") as file:
+            file.write(f"{config.hydra.job.num} {job_return.return_value!r}\n")
 
 
 class RecordBuckets(Callback):

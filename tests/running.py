@@ -1,10 +1,12 @@
 """Run `jsae-train` in child processes that start fast: forked from a server that has imported everything once."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -101,6 +103,23 @@ def run(arguments: list[str], *, output: Path, **changes: str) -> int:
             check=False,
         )
     return done.returncode
+
+
+def processes() -> list[str]:
+    """The command lines of all processes of this machine."""
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended since
+            lines.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+    return lines
+
+
+def wait_for_no_process_in(folder: Path, seconds: float = 60) -> None:
+    """Wait until no process has the folder's name in its command line."""
+    end = time.monotonic() + seconds
+    while left := [line for line in processes() if str(folder) in line]:
+        assert time.monotonic() < end, left
+        time.sleep(0.2)
 
 
 def kill_self() -> None:

@@ -15,7 +15,16 @@ import pytest
 import torch
 
 from comparing import assert_same_run, checkpoint
-from running import command, environment, run, toy_overrides, train, write_documents
+from running import (
+    command,
+    environment,
+    processes,
+    run,
+    toy_overrides,
+    train,
+    wait_for_no_process_in,
+    write_documents,
+)
 from tiny_models import make_model_dir
 
 STEPS = ["data.train_tokens=3200", "checkpoint.every_n_steps=4", "eval.every_n_steps=25"]
@@ -103,18 +112,6 @@ def interrupted(material, tmp_path: Path, kill: str) -> tuple[str, Path]:
     return output.read_text(), found
 
 
-def wait_for_no_process_in(folder: Path, seconds: float = 60) -> None:
-    """Wait until no process has the folder's name in its command line."""
-    end = time.monotonic() + seconds
-    while left := [p for p in _processes() if str(folder) in p]:
-        assert time.monotonic() < end, left
-        time.sleep(0.2)
-
-
-def _processes() -> list[str]:
-    return subprocess.run(["ps", "-ww", "-e", "-o", "args"], capture_output=True, text=True).stdout.splitlines()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kill", ["0:13", "1:13", "all:13"], ids=["rank 0", "rank 1", "all ranks"])
 def test_killed_ranks_end_the_run_and_it_resumes_exactly(kill, one_rank, two_ranks, tmp_path):
@@ -149,7 +146,7 @@ def test_a_killed_start_leaves_no_rank_behind(one_rank, tmp_path):
         stderr=subprocess.DEVNULL,
         env=environment(),
     )
-    while not [p for p in _processes() if str(tmp_path) in p and "train_ddp_process_1" in p]:
+    while not [p for p in processes() if str(tmp_path) in p and "train_ddp_process_1" in p]:
         assert process.poll() is None
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
@@ -164,17 +161,5 @@ def test_torchrun_makes_one_folder(one_rank, tmp_path, monkeypatch):
     torchrun = command(own, "--standalone", "--nproc-per-node=2")
     output = tmp_path / "output"
     assert run(torchrun, output=output) == 0, output.read_text()
-    (found,) = (tmp_path / "logs" / "runs").iterdir()
-    assert_same_training(found, one_rank[1])
-
-
-@pytest.mark.slow
-def test_torchrun_restarts_and_resumes_in_the_same_folder(one_rank, two_ranks, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    own = [o for o in overrides(one_rank[0], tmp_path) if not o.startswith("hydra.run.dir")]
-    own = [o.replace("KillSelf", "KillFirstStart") for o in own]
-    torchrun = command(own, "--standalone", "--nproc-per-node=2", "--max-restarts=1")
-    output = tmp_path / "output"
-    assert run(torchrun, output=output, JSAE_TEST_KILL="1:13") == 0, output.read_text()
     (found,) = (tmp_path / "logs" / "runs").iterdir()
     assert_same_training(found, one_rank[1])
