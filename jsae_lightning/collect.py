@@ -6,6 +6,7 @@ jsae-collect logs/runs --output tables --sort val/loss
 
 import argparse
 import difflib
+import os
 import re
 import shlex
 import sys
@@ -153,9 +154,12 @@ def _check_names(option: str, names: Sequence[str], known: Sequence[str], table:
 
 
 def _print(lines: Iterable[str]) -> None:
-    """Print on a terminal of any encoding."""
+    """Print on a terminal of any encoding, or as much as a reader such as `head` wants."""
     encoding = sys.stdout.encoding or "utf-8"
-    print("\n".join(lines).encode(encoding, "backslashreplace").decode(encoding))
+    try:
+        print("\n".join(lines).encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the interpreter's end
 
 
 class _Parser(argparse.ArgumentParser):

@@ -15,10 +15,12 @@ from pathlib import Path
 from jsae_lightning.override_values import Cell, override_values, printable
 from jsae_lightning.run_status import Attempt, RunStatus, is_locked, read_status
 from jsae_lightning.sweep_folders import METRICS, JobFolder, read_json
+from jsae_lightning.sweep_progress import last_lines
+from jsae_lightning.sweeps import CONSOLE
 
 STATUSES = ("finished", "running", "failed", "killed", "unfinished", "not started")
 
-_TAIL_BYTES = 1 << 18  # of a log or table: many of its lines, however long the run
+_TAIL_BYTES = 1 << 18  # of csv/metrics.csv: many of its rows, however long the run
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,8 @@ def last_logged_step(path: Path) -> int | None:
 
 
 def last_log_line(folder: Path) -> str | None:
-    """Return the last line of a job's `train.log` that is not blank."""
-    lines = [line for line in _tail(folder / "train.log").splitlines() if line.strip()]
+    """Return the last line, not blank, that a job printed (a sweep keeps that), else that it logged."""
+    lines = last_lines(folder / CONSOLE, 1) or last_lines(folder / "train.log", 1)
     return _one_line(lines[-1]) if lines else None
 
 

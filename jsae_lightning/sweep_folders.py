@@ -1,6 +1,7 @@
 """Which jobs a sweep's folder holds, those included that have not begun. Imports neither torch nor lightning.
 
-`sweep.json`, if the sweep wrote one, lists the overrides of each job in order: `{"jobs": [["sae.k=16"], ...]}`.
+`sweep.json`, if the sweep wrote one, lists the overrides of each job in order: `{"jobs": [["sae.k=16"], ...]}`. A
+sweeper that chooses its jobs on the way leaves it empty.
 """
 
 import json
@@ -15,12 +16,12 @@ import yaml
 
 from jsae_lightning.launch import RECORD
 from jsae_lightning.run_status import STATUS
+from jsae_lightning.sweeps import SWEEP_RECORD
 
-SWEEP = "sweep.json"
 METRICS = "metrics.json"
 HYDRA_OVERRIDES = ".hydra/overrides.yaml"
 _MARKS = (HYDRA_OVERRIDES, RECORD, STATUS, METRICS)
-_SWEEP_MARKS = (SWEEP, "multirun.yaml")
+_SWEEP_MARKS = (SWEEP_RECORD, "multirun.yaml")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def find_jobs(folder: Path) -> list[JobFolder]:
     `folder` may be a sweep's, one that holds runs, or a single run's: its job is then called ".".
     """
     found = [_job_folder(folder, path) for path in _job_paths(folder)]
-    jobs = _with_listed(folder, found, _listed(folder / SWEEP))
+    jobs = _with_listed(folder, found, _listed(folder / SWEEP_RECORD))
     if not jobs and _looks_like_a_job(folder):
         jobs = [_job_folder(folder, folder)]
     return sorted(jobs, key=lambda job: natural_key(job.name))
@@ -74,7 +75,7 @@ def _job_paths(root: Path) -> list[Path]:
         elif _looks_like_a_job(folder):
             paths.append(folder)
             names.clear()  # a job's folder is large and holds no other job
-        names[:] = [name for name in names if not name.startswith(".") and not (folder / name).is_symlink()]
+        names[:] = [name for name in names if not name.startswith(".")]
     if any((root / mark).exists() for mark in _SWEEP_MARKS):
         begun = {path.relative_to(root).parts[0] for path in paths}
         paths += [path for path in direct if path.name.isdecimal() and path.name not in begun]
@@ -86,16 +87,12 @@ def _looks_like_a_job(folder: Path) -> bool:
 
 
 def _job_folder(root: Path, path: Path) -> JobFolder:
-    overrides = _overrides_of(read_json(path / RECORD))
-    resumable = overrides is not None
+    record = read_json(path / RECORD)
+    overrides = _strings(record.get("overrides")) if isinstance(record, dict) else None
+    resumable = overrides is not None and isinstance(record.get("flags"), list)
     if overrides is None:
         overrides = _strings(_read_yaml(path / HYDRA_OVERRIDES))
     return JobFolder(path.relative_to(root).as_posix(), path, overrides, overrides is not None, resumable)
-
-
-def _overrides_of(record: Any) -> list[str] | None:
-    """Return the overrides in `arguments.json`, which may be anything."""
-    return _strings(record.get("overrides")) if isinstance(record, dict) else None
 
 
 def _strings(value: Any) -> list[str] | None:

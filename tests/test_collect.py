@@ -13,7 +13,7 @@ import pytest
 
 from jsae_lightning import collect as collect_module
 from jsae_lightning.collect import collect, duration
-from jsae_lightning.result_files import cell_text, column_type, markdown_table
+from jsae_lightning.result_files import cell_text
 from jsae_lightning.run_status import locked_folder
 from running import toy_overrides, train, write_documents
 from sweep_folders import finished, make_attempt, make_job, touch_all
@@ -268,16 +268,30 @@ def test_results_that_cannot_be_replaced(sweep, run):
     assert not list(sweep.glob(".*.tmp"))
 
 
-def test_terminal_of_another_encoding(sweep):
+def in_another_process(code, **more):
+    """Run Python code with the package on the path; `more` is given to subprocess.run."""
     paths = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-m", "jsae_lightning.collect", str(sweep)],
-        capture_output=True,
-        env=os.environ | {"PYTHONPATH": paths, "PYTHONIOENCODING": "ascii"},
-        check=False,
-    )
+    environment = os.environ | {"PYTHONPATH": paths, "PYTHONIOENCODING": "ascii"}
+    return subprocess.run([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, check=False, **more)
+
+
+def command(*arguments):
+    return f"import sys; sys.argv[1:] = {[*map(str, arguments)]}; from jsae_lightning.collect import main; main()"
+
+
+def test_terminal_of_another_encoding(sweep):
+    done = in_another_process(command(sweep), stdout=subprocess.PIPE)
     assert done.returncode == 0, done.stderr
     assert b"\\xfc \\| x" in done.stdout
+
+
+def test_reader_that_closes_the_pipe(sweep):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = in_another_process(command(sweep), stdout=writing)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (sweep / "results.parquet").is_file()
 
 
 def test_help_imports_nothing_heavy():
@@ -287,33 +301,9 @@ def test_help_imports_nothing_heavy():
         "heavy = {'torch', 'lightning', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    paths = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"PYTHONPATH": paths},
-    )
+    done = in_another_process(code, stdout=subprocess.PIPE)
     assert done.returncode == 0, done.stderr
-    assert "SWEEP_DIR" in done.stdout and "--sort" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("values", "kind"),
-    [
-        ([1, None, 2], "int64"),
-        ([1, 0.5], "float64"),
-        ([None], "float64"),
-        ([True, None], "bool"),
-        ([True, 1], "string"),
-        ([1, "a"], "string"),
-        ([2**63], "string"),
-        ([0.5, 10**400], "string"),
-    ],
-)
-def test_column_types(values, kind):
-    assert column_type(values) == kind
+    assert b"SWEEP_DIR" in done.stdout and b"--sort" in done.stdout
 
 
 def test_mixed_and_huge_values_reach_the_files(tmp_path, run):
@@ -323,15 +313,6 @@ def test_mixed_and_huge_values_reach_the_files(tmp_path, run):
     column = pyarrow.parquet.read_table(tmp_path / "results.parquet").column("seed").to_pylist()
     assert column == ["1", "true", "auto", str(10**30), "1e+300"]
     assert [row[6] for row in read_csv(tmp_path / "results.csv")[1:]] == column
-
-
-def test_markdown_is_aligned_and_escaped():
-    assert markdown_table(["a", "b|"], [["\\x", "1"], ["漢字", "22"]], [False, True]).splitlines() == [
-        "| a    | b\\| |",
-        "| ---- | --: |",
-        "| \\\\x  |   1 |",
-        "| 漢字 |  22 |",
-    ]
 
 
 @pytest.mark.parametrize(
@@ -352,12 +333,13 @@ def test_a_real_sweep(tmp_path, run):
     assert train(arguments, output=output) != 0
     rows = collect(folder)
     assert [row["job"] for row in rows] == ["0", "1", "2"], output.read_text()
-    assert [rows[0]["status"], rows[2]["status"]] == ["finished", "finished"]
-    assert rows[1]["status"] in ("failed", "unfinished")
+    assert [row["status"] for row in rows] == ["finished", "failed", "finished"], output.read_text()
+    assert "sae.k" in rows[1]["message"]
     assert [row["sae.k"] for row in rows] == [2, 999, 4]
     assert [row["step"] for row in rows] == [2, None, 2]
     assert rows[0]["wall_seconds"] > 0
     assert all(isinstance(row["val/explained_variance_input"], float) for row in (rows[0], rows[2]))
     _, out, _ = run(folder)
-    assert "3 jobs: 2 finished" in out
+    assert "3 jobs: 2 finished, 1 failed" in out
+    assert "sae.k=999 ckpt_path=auto hydra.run.dir=" in out
     assert "val/explained_variance_input" in out.splitlines()[0]

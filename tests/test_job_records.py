@@ -223,7 +223,9 @@ def test_last_override_of_a_key_wins():
     assert override_values(["sae.k=1", "+sae.k=2"]) == {"sae.k": 2}
 
 
-def test_last_log_line_is_the_last_that_is_not_blank(tmp_path):
+def test_last_log_line_is_the_last_that_is_not_blank_of_what_was_printed_or_logged(tmp_path):
     assert last_log_line(tmp_path) is None
     (tmp_path / "train.log").write_bytes(b"first\nlast \xff line\n\n  \n")
     assert last_log_line(tmp_path) == "last \ufffd line"
+    (tmp_path / "console.log").write_text("jsae-train: error: \x1b[1mx\n")
+    assert last_log_line(tmp_path) == "jsae-train: error: \\x1b[1mx"

@@ -33,6 +33,12 @@ def test_nested_subdirs_and_a_folder_of_runs(tmp_path):
     assert names(tmp_path) == ["2026-01-01_10-00-00/run", "experiment=paper/k=4", "experiment=paper/k=16"]
 
 
+def test_what_a_job_s_folder_holds_is_no_job(tmp_path):
+    make_job(make_job(tmp_path / "0") / "copy")
+    make_job(tmp_path / ".submitit" / "1")
+    assert names(tmp_path) == ["0"]
+
+
 def test_listed_jobs_without_a_folder_or_anything_in_it_have_not_started(tmp_path):
     write_sweep(tmp_path, ["sae.k=1"], ["sae.k=2"], ["sae.k=3"])
     make_job(tmp_path / "0", "sae.k=1")
