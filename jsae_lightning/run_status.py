@@ -163,7 +163,7 @@ def read_status(folder: Path) -> RunStatus | None:
     try:
         content = json.loads((folder / STATUS).read_text(encoding="utf-8"))
         status = RunStatus(str(content["status"]), [Attempt(**attempt) for attempt in content["attempts"]])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     if status.status == "running" and not is_locked(folder):
         status.status = "killed"
