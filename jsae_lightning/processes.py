@@ -4,6 +4,7 @@ Imports torch only where `torchrun` has started this process.
 """
 
 import os
+import socket
 import sys
 import threading
 import time
@@ -11,7 +12,7 @@ from datetime import timedelta
 
 from jsae_lightning.errors import RunError
 
-_PARENT = "JSAE_PARENT_PID"
+_PARENT = "JSAE_PARENT"
 _STARTED_AT = "JSAE_STARTED_AT"
 _SECONDS_BETWEEN_LOOKS = 1.0
 _STORE_TIMEOUT_S = 60
@@ -23,12 +24,19 @@ def end_with_parent() -> None:
     Such a parent that is killed leaves children that would wait for it, or train on unseen in a folder that the user
     means to resume. Processes that are started from here on will look after this one.
     """
-    parent = int(os.environ.get(_PARENT, "0"))
-    os.environ[_PARENT] = str(os.getpid())
+    place, _, pid = os.environ.get(_PARENT, "").rpartition(":")
+    os.environ[_PARENT] = f"{_place()}:{os.getpid()}"
+    if place != _place():  # none, or one that has only lent its environment, to a job of Slurm's
+        return
+    parent = int(pid)
     if parent == os.getppid():
         threading.Thread(target=_watch, args=(parent,), daemon=True, name="parent-watch").start()
-    elif parent and not _is_alive(parent):  # gone before this process came so far
+    elif not _is_alive(parent):  # gone before this process came so far
         _end(parent)
+
+
+def _place() -> str:
+    return f"{socket.gethostname()}:{os.environ.get('SLURM_JOB_ID', '')}"
 
 
 def _is_alive(pid: int) -> bool:

@@ -4,6 +4,7 @@ import csv
 import math
 from pathlib import Path
 
+import pytest
 import torch
 
 
@@ -61,3 +62,18 @@ def assert_same_run(run: Path, expected: Path) -> None:
     found = scalars(run)
     assert found == scalars(expected)
     assert all(len({step for step, _ in values}) == len(values) for values in found.values()), "logged twice"
+
+
+def assert_same_training(found: Path, expected: Path) -> None:
+    """Weights within 1e-6, equal counters, equal metrics up to rounding."""
+    ours, theirs = checkpoint(found)["state_dict"], checkpoint(expected)["state_dict"]
+    for name, tensor in theirs.items():
+        if tensor.is_floating_point():
+            assert (ours[name] - tensor).abs().max() < 1e-6, name
+        else:
+            assert torch.equal(ours[name], tensor), name
+    assert len(rows(found)) == len(rows(expected)) > 0
+    for row, expected_row in zip(rows(found), rows(expected), strict=True):
+        for key, value in expected_row.items():
+            if value:
+                assert float(row[key]) == pytest.approx(float(value), rel=1e-3, abs=1e-4), (row["step"], key)

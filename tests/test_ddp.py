@@ -3,7 +3,6 @@
 With default blocks: every number of ranks that divides the shards sees the same batches.
 """
 
-import csv
 import json
 import os
 import signal
@@ -12,9 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
-from comparing import assert_same_run, checkpoint
+from comparing import assert_same_run, assert_same_training, checkpoint
 from running import (
     command,
     environment,
@@ -54,23 +52,6 @@ def two_ranks(one_rank, tmp_path_factory):
 def overrides(material, folder: Path) -> list[str]:
     kept = [o for o in toy_overrides(*material, folder) if o != "trainer.accelerator=cpu"]
     return [*kept, *STEPS, *DDP, *FAULTS]
-
-
-def assert_same_training(found: Path, expected: Path) -> None:
-    """Weights within 1e-6, equal counters, equal metrics up to rounding, after 50 steps."""
-    ours, theirs = checkpoint(found)["state_dict"], checkpoint(expected)["state_dict"]
-    for name, tensor in theirs.items():
-        if tensor.is_floating_point():
-            assert (ours[name] - tensor).abs().max() < 1e-6, name
-        else:
-            assert torch.equal(ours[name], tensor), name
-    with (found / "csv" / "metrics.csv").open() as a, (expected / "csv" / "metrics.csv").open() as b:
-        rows, expected_rows = list(csv.DictReader(a)), list(csv.DictReader(b))
-    assert len(rows) == len(expected_rows) == 50
-    for row, expected_row in zip(rows, expected_rows, strict=True):
-        for key, value in expected_row.items():
-            if value and not key.startswith("time/"):
-                assert float(row[key]) == pytest.approx(float(value), rel=1e-3, abs=1e-4), (row["step"], key)
 
 
 @pytest.mark.slow
