@@ -53,10 +53,18 @@ def write_documents(path: Path, documents: int = 400) -> Path:
     return path
 
 
-def train(overrides: list[str], *, output: Path, fault: Callable[[], None] | None = None) -> int:
-    """Train in a child process, after `fault()` if given; return its exit code (negative: the signal that ended it)."""
+def start(
+    overrides: list[str], *, output: Path, fault: Callable[[], None] | None = None
+) -> multiprocessing.process.BaseProcess:
+    """Begin to train in a child process, after `fault()` if given; what it prints is added to a file."""
     process = _CONTEXT.Process(target=_child, args=(overrides, output, fault))
     process.start()
+    return process
+
+
+def train(overrides: list[str], *, output: Path, fault: Callable[[], None] | None = None) -> int:
+    """Train in a child process, after `fault()` if given; return its exit code (negative: the signal that ended it)."""
+    process = start(overrides, output=output, fault=fault)
     process.join(TIME_LIMIT)
     if process.is_alive():
         process.kill()
