@@ -71,7 +71,8 @@ def soak(folder: Path, cycles: int, chance: random.Random) -> None:
     assert status is not None and status.status == "finished"
     print(
         f"{cycles} kills ({dict(moments)}), {len(status.attempts)} attempts recorded, "
-        f"{time.monotonic() - began:.0f} s: checkpoint, logs and TensorBoard scalars equal those of the run that was left alone; nothing left over"
+        f"{time.monotonic() - began:.0f} s: checkpoint, logs and TensorBoard scalars equal those of the run that was "
+        "left alone; nothing left over"
     )
 
 
