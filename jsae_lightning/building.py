@@ -140,7 +140,8 @@ def quiet_libraries() -> None:
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
         logging.getLogger(name).handlers.clear()  # Hydra's root logger prints and files what is left
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    for message in (".*LeafSpec.*", ".*broadcast_buffers.*"):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def build_data(cfg: DictConfig) -> ActivationDataModule:

@@ -111,7 +111,9 @@ def resumed_arguments(arguments: list[str]) -> list[str]:
         flags = []
     # Hydra wants all overrides in one row: the earlier ones go before the first of the new.
     first = next(i for i, argument in enumerate(arguments) if "=" in argument and not argument.startswith("-"))
-    return [*flags, *arguments[:first], *kept, *arguments[first:]]
+    # A job of a sweep goes on alone, though its experiment may say that it is a sweep.
+    alone = [] if "hydra.mode" in again else ["hydra.mode=RUN"]
+    return [*flags, *arguments[:first], *kept, *alone, *arguments[first:]]
 
 
 def _key(override: str) -> str:

@@ -63,16 +63,25 @@ def locked_folder(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _try_lock(descriptor):
             raise RunError(
                 f"{folder}: another process is training in this folder: wait for it, or choose another with "
                 "hydra.run.dir=DIR"
-            ) from None
+            )
         yield
     finally:
         os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Take the lock; try for a second, because `is_locked` holds it for an instant."""
+    for _ in range(10):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.1)
+    return False
 
 
 def is_locked(folder: Path) -> bool:
@@ -154,7 +163,7 @@ def read_status(folder: Path) -> RunStatus | None:
     try:
         content = json.loads((folder / STATUS).read_text(encoding="utf-8"))
         status = RunStatus(str(content["status"]), [Attempt(**attempt) for attempt in content["attempts"]])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     if status.status == "running" and not is_locked(folder):
         status.status = "killed"

@@ -67,10 +67,12 @@ def run(cfg: DictConfig) -> float:
 def warn_about_preset() -> None:
     """Say so if another model is trained with the default preset, whose settings suit the embedded one."""
     choices = HydraConfig.get().runtime.choices
-    if choices.get("experiment") == "tiny" and choices.get("model") != "tiny":
+    preset = str(choices.get("experiment"))
+    if preset.startswith(("tiny", "sweep/")) and choices.get("model") != "tiny":
         log.warning(
-            "experiment=tiny sets tokens, k and learning rate for the embedded model, but model=%s: give "
+            "experiment=%s sets tokens, k and learning rate for the embedded model, but model=%s: give "
             "experiment=none for the general settings, or a preset of the model's own",
+            preset,
             choices.get("model"),
         )
 
