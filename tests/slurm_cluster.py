@@ -39,6 +39,7 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 ReturnToService=2
 KillWait=5
+SchedulerParameters=sched_interval=1,batch_sched_delay=0
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1 RealMemory=1000
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1 RealMemory=1000
 PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
@@ -126,7 +127,9 @@ def _write_files(folder: Path) -> None:
     with ExitStack() as stack:  # all are held until all are known, so that no two are the same
         for _ in range(3):
             ports.append(stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1])
-    (folder / "slurm.conf").write_text(_CONF.format(folder=folder, host=socket.gethostname().split(".")[0], ports=ports))
+    (folder / "slurm.conf").write_text(
+        _CONF.format(folder=folder, host=socket.gethostname().split(".")[0], ports=ports)
+    )
     (folder / "munge.key").write_bytes(os.urandom(128))
     (folder / "munge.key").chmod(0o600)
     for name in ("state", *(f"spool.{node}" for node in NODES)):

@@ -103,12 +103,14 @@ def test_a_failing_job_stops_no_other_and_is_reported(material, cluster, tmp_pat
     assert code == 2, text
     report = (tmp_path / "output").read_text()
     assert "1 finished, 1 failed" in report and "sae.k: 999 is more than" in report
-    (log,) = tmp_path.glob(".submitit/*/*_0_0_log.out")
+    (log,) = tmp_path.glob(".submitit/*/*_0_0_log.out")  # ARRAY_JOB_TASK
     assert "jsae-train: error: sae.k: 999" in log.read_text() and "Traceback" not in log.read_text()
     job = log.name.removesuffix("_0_log.out")
     cluster.wait_for(job, "FAILED")
     assert cluster.field(job, "ExitCode") == "2:0"
     assert (tmp_path / "1" / "metrics.json").is_file()
+    code, text = sweep(cluster, tmp_path, material, *SHORT, "sae.k=999,4", "sweep.resume=true")
+    assert code == 2 and "nothing is left to train" in (tmp_path / "1" / "train.log").read_text(), text
 
 
 def test_two_nodes_equal_one_process(undisturbed, two_nodes):
@@ -129,8 +131,8 @@ def test_a_preempted_job_goes_on_in_its_folder(material, undisturbed, cluster, t
         code = process.wait(TIME_LIMIT)
     assert code == 0, everything_printed(tmp_path)
     assert cluster.field(job, "Restarts") == "1"
-    log = (tmp_path / "0" / "train.log").read_text()
-    assert "started again: going on" in log and "going on from step 0" not in log
+    assert len(_lines(tmp_path / "0", "started again: going on")) == 1
+    assert len(_lines(tmp_path / "0", "going on from step")) == 1
     assert [attempt["slurm_job_id"] for attempt in attempts(tmp_path / "0")] == [job, job]
     assert_same_run(tmp_path / "0", undisturbed)
 
@@ -165,18 +167,22 @@ def test_sbatch_script_goes_on_after_every_requeue(material, two_nodes, cluster,
     job = done.stdout.strip()
     run, printed = tmp_path / "logs" / "runs" / f"slurm_{job}", tmp_path / f"slurm-{job}.out"
     for restart, requeue in enumerate((["scancel", "--batch", "--signal=USR1", job], ["scontrol", "requeue", job])):
-        before = len(rows(run)) if restart else 0
-        wait_until(lambda: _has_trained(run, restart), f"attempt {restart}: {printed}", 90)
+        wait_until(lambda: (run / "status.json").exists() and len(attempts(run)) > restart, f"a start: {printed}", 60)  # noqa: B023
+        saved = _saved_at(run)
+        wait_until(lambda: _saved_at(run) > saved, f"a checkpoint of attempt {restart}: {printed}", 60)  # noqa: B023
         cluster.command(*requeue)
-        wait_until(lambda: cluster.field(job, "Restarts") == str(restart + 1), "the requeue", 30)
-        assert len(rows(run)) > before
+        wait_until(lambda: cluster.field(job, "Restarts") == str(restart + 1), "the requeue", 30)  # noqa: B023
     cluster.wait_for(job, "COMPLETED", "FAILED")
     assert cluster.field(job, "JobState") == "COMPLETED", printed.read_text()
-    assert len(attempts(run)) == 3
+    steps = [int(line.split("from step ")[1].split()[0]) for line in _lines(run, "going on from step")]
+    assert len(attempts(run)) == 3 and len(steps) == 2 and 0 < steps[0] < steps[1] < 300
     assert_same_run(run, two_nodes)
 
 
-def _has_trained(run: Path, restart: int) -> bool:
-    """Whether the attempt after so many restarts has begun and saved a checkpoint."""
-    last = run / "checkpoints" / "last.ckpt"
-    return last.exists() and len(attempts(run)) > restart and last.stat().st_mtime > run.joinpath("arguments.json").stat().st_mtime
+def _saved_at(run: Path) -> int:
+    path = run / "checkpoints" / "last.ckpt"
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def _lines(run: Path, part: str) -> list[str]:
+    return [line for line in (run / "train.log").read_text().splitlines() if part in line]
