@@ -38,4 +38,4 @@ def help_text(config_dir: Path) -> str:
 
 
 def _wrapped(name: str, choices: list[str]) -> list[str]:
-    return textwrap.wrap(", ".join(choices), 100, initial_indent=f"  {name:<12}", subsequent_indent=" " * 14)
+    return textwrap.wrap(", ".join(choices), 100, initial_indent=f"  {name:<16}", subsequent_indent=" " * 18)

@@ -19,7 +19,7 @@ pytest_plugins = ("slurm_cluster",)
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 
 LAUNCHER = ["-m", "hydra/launcher=slurm_cpu", "hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=null"]
-LONG = ["data.train_tokens=19200", "checkpoint.every_n_steps=25", "eval.every_n_steps=100"]  # 300 steps
+LONG = ["data.train_tokens=12800", "checkpoint.every_n_steps=25", "eval.every_n_steps=100"]  # 200 steps
 SHORT = ["data.train_tokens=128"]
 TWO_NODES = ["trainer=slurm", "trainer.num_nodes=2", "trainer.accelerator=cpu"]
 ADDRESS = {"MASTER_ADDR": "127.0.0.1"}  # no name server knows n1
@@ -118,8 +118,8 @@ def test_two_nodes_equal_one_process(undisturbed, two_nodes):
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert (ours[name].double() - tensor.double()).abs().max() < 1e-6, name
-    assert len(rows(two_nodes)) == len(rows(undisturbed)) == 300
-    assert "step 300/300" in (two_nodes / "train.log").read_text()
+    assert len(rows(two_nodes)) == len(rows(undisturbed)) == 200
+    assert "step 200/200" in (two_nodes / "train.log").read_text()
     assert "step" not in (two_nodes / "train_rank1.log").read_text()
 
 
@@ -175,7 +175,7 @@ def test_sbatch_script_goes_on_after_every_requeue(material, two_nodes, cluster,
     cluster.wait_for(job, "COMPLETED", "FAILED")
     assert cluster.field(job, "JobState") == "COMPLETED", printed.read_text()
     steps = [int(line.split("from step ")[1].split()[0]) for line in _lines(run, "going on from step")]
-    assert len(attempts(run)) == 3 and len(steps) == 2 and 0 < steps[0] < steps[1] < 300
+    assert len(attempts(run)) == 3 and len(steps) == 2 and 0 < steps[0] < steps[1] < 200
     assert_same_run(run, two_nodes)
 
 
