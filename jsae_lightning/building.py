@@ -2,6 +2,7 @@
 
 import logging
 import platform
+import signal
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,12 +58,14 @@ class Experiment:
         """Train, from the checkpoint if there is one."""
         try:
             self.trainer.fit(self.module, datamodule=self.data, ckpt_path=self.checkpoint)
-        except SystemExit:  # how Lightning ends after Ctrl-C
+        except SystemExit as error:  # how Lightning ends after Ctrl-C and SIGTERM
             log.warning(
                 "interrupted at step %d; go on from the last checkpoint, if any, with: "
                 "jsae-train ckpt_path=auto hydra.run.dir=%s",
                 *(self.trainer.global_step, self.folder),
             )
+            if error.code is None:  # Lightning's for SIGTERM, which would read as success
+                raise SystemExit(128 + signal.SIGTERM) from error
             raise
 
     def metrics(self) -> dict[str, float]:
@@ -180,6 +183,7 @@ def build_trainer(cfg: DictConfig, *more_callbacks: lightning.Callback) -> light
     """Build the trainer with the named callbacks and loggers of the configuration, and `more_callbacks` after them."""
     callbacks = [build(node, f"callbacks.{name}") for name, node in cfg.callbacks.items() if node is not None]
     loggers = [build(node, f"logger.{name}") for name, node in cfg.logger.items() if node is not None]
+    plugins = [build(node, "trainer.plugins") for node in cfg.trainer.get("plugins") or []]
     accelerator = cfg.trainer.accelerator
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise UserError(f"trainer.accelerator: {accelerator}, but torch sees no CUDA device: use trainer=cpu")
@@ -191,7 +195,7 @@ def build_trainer(cfg: DictConfig, *more_callbacks: lightning.Callback) -> light
         accelerator=accelerator,
         callbacks=[*callbacks, *more_callbacks],
         logger=loggers,
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), *plugins],
         default_root_dir=cfg.paths.output_dir,
     )
 

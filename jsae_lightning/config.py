@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from jsae_lightning.config_schema import RootConfig
 from jsae_lightning.errors import UserError
-from jsae_lightning.processes import start_time
+from jsae_lightning.processes import rank_suffix, start_time
 from jsae_lightning.sharding import choose_num_shards
 
 PACKAGE_DIR = Path(__file__).resolve().parent
@@ -67,6 +67,7 @@ def register() -> None:
     ConfigStore.instance().store(name="root_schema", node=RootConfig)
     OmegaConf.register_new_resolver("num_steps", num_steps, replace=True)
     OmegaConf.register_new_resolver("start_time", start_time, replace=True, use_cache=True)
+    OmegaConf.register_new_resolver("rank_suffix", rank_suffix, replace=True)
     OmegaConf.register_new_resolver("short_hash", _short_hash, replace=True)
 
 
@@ -277,3 +278,6 @@ def constructor_arguments(target: str) -> set[str] | None:
                 if isinstance(member, ast.FunctionDef) and member.name == "__init__" and member.args.kwarg is None:
                     return {argument.arg for argument in (*member.args.args[1:], *member.args.kwonlyargs)}
     return None
+
+
+register()  # at once: a task of submitit's composes its configuration before it calls anything of this package

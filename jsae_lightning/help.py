@@ -12,6 +12,7 @@ Train a Jacobian SAE pair on the MLP of a language model. Without arguments: on 
   jsae-train experiment=paper/pythia-70m trainer=gpu             the paper's recipe
   jsae-train experiment=none model=local model.path=DIR model.layer=2 data=text data.path=FILE
   jsae-train -m sae.k=16,32 jacobian.coef=0,0.5                  a sweep, one process a job
+  jsae-train -m hydra/launcher=slurm_gpu trainer=gpu sae.k=16,32  the same as jobs of Slurm
   jsae-train ckpt_path=auto hydra.run.dir=DIR                    go on with the run in DIR
 
 Groups and their choices:
@@ -22,7 +23,7 @@ _MORE = """
   --cfg job            print the configuration that the arguments compose, with every key
   --hydra-help         Hydra's own options
 """
-_NOT_CHOSEN = {"paths", "hydra", "eval", "checkpoint", "callbacks", "optim", "sae"}
+_NOT_CHOSEN = {"paths", "hydra", "eval", "checkpoint", "callbacks", "optim", "sae", "slurm"}
 
 
 def help_text(config_dir: Path) -> str:
@@ -31,8 +32,10 @@ def help_text(config_dir: Path) -> str:
     for group in sorted(path for path in config_dir.iterdir() if path.is_dir() and path.name not in _NOT_CHOSEN):
         choices = sorted(path.relative_to(group).with_suffix("").as_posix() for path in group.rglob("*.yaml"))
         lines += _wrapped(group.name, [choice for choice in choices if choice != "base"])
+    launchers = sorted(path.stem for path in (config_dir / "hydra" / "launcher").glob("*_*.yaml"))
+    lines += _wrapped("hydra/launcher", launchers)
     return _USAGE + "\n".join(lines) + "\n" + _MORE
 
 
 def _wrapped(name: str, choices: list[str]) -> list[str]:
-    return textwrap.wrap(", ".join(choices), 100, initial_indent=f"  {name:<12}", subsequent_indent=" " * 14)
+    return textwrap.wrap(", ".join(choices), 100, initial_indent=f"  {name:<16}", subsequent_indent=" " * 18)

@@ -68,6 +68,8 @@ def _fail(program: str, message: str, code: int = 2) -> None:
 
 def _hydra_message(error: Exception) -> str:
     """Join Hydra's message and its cause into one line that ends with a remedy."""
+    if "hydra/launcher/submitit_slurm" in str(error):
+        return "hydra/launcher: needs the launcher's plugin: pip install -c constraints.txt -e '.[slurm]'"
     cause = error.__cause__ or error.__context__
     parts = [str(error)] + ([str(cause)] if cause is not None and str(cause) not in str(error) else [])
     lines = [line.strip().rstrip(".") for part in parts for line in part.splitlines()]

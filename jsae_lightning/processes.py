@@ -82,6 +82,15 @@ def is_rank_zero() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
+def rank_suffix() -> str:
+    """Return `_rank1` ... for the ranks that torchrun or Slurm numbers from 1, nothing for the first.
+
+    For the names of files that every rank writes. Where both have set a number, torchrun has started the ranks.
+    """
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    return "" if rank == "0" else f"_rank{rank}"
+
+
 def is_restarted() -> bool:
     """Whether Slurm has started this job again, after a requeue."""
     return int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0

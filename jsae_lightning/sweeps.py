@@ -31,6 +31,7 @@ from jsae_lightning.devices import job_environment
 from jsae_lightning.errors import UserError
 from jsae_lightning.launch import RECORD, config_flags
 from jsae_lightning.run_status import add_ended_attempt, read_status
+from jsae_lightning.slurm import is_submitit_task
 from jsae_lightning.sweep_progress import JobProgress, last_lines
 
 SWEEP_RECORD = "sweep.json"
@@ -104,7 +105,7 @@ class SweepJob:
 
 def is_sweep_job() -> bool:
     """Whether Hydra gave this process a job of a sweep, which it must not train itself (a submitit task may)."""
-    return HydraConfig.get().mode == RunMode.MULTIRUN and "SUBMITIT_EXECUTOR" not in os.environ
+    return HydraConfig.get().mode == RunMode.MULTIRUN and not is_submitit_task()
 
 
 def run_sweep_job(cfg: DictConfig) -> float:

@@ -8,6 +8,7 @@ jsae-train ckpt_path=auto hydra.run.dir=DIR                    # go on after a c
 """
 
 import logging
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ from jsae_lightning.help import help_text
 from jsae_lightning.launch import exit_codes, record_arguments, resumed_arguments
 from jsae_lightning.processes import agree_on_start_time, end_with_parent, is_rank_zero, is_restarted
 from jsae_lightning.run_status import AttemptRecord, locked_folder, recorded_attempt
+from jsae_lightning.slurm import check_tasks, is_submitit_task, noted_end
 from jsae_lightning.sweeps import SweepReport, is_sweep_job, run_sweep_job
 
 if TYPE_CHECKING:
@@ -49,13 +51,17 @@ def run(cfg: DictConfig) -> float:
     if is_sweep_job():
         return run_sweep_job(cfg)
     warn_about_preset()
-    if is_restarted() and cfg.ckpt_path is None:
+    is_again = is_restarted() or (is_submitit_task() and cfg.sweep.resume)
+    if is_again and cfg.ckpt_path is None:
         log.info("started again: going on from the folder's last checkpoint, as with ckpt_path=auto")
         cfg.ckpt_path = "auto"
-    with exit_codes(PROGRAM):  # here, because Hydra would add lines of its own to an error's
+    # exit_codes is here, because Hydra would add lines of its own to an error's
+    with noted_end(Path(cfg.paths.output_dir)), exit_codes(PROGRAM):
         check_config(cfg)
+        check_tasks(cfg)
         check_architecture(cfg)
-        return train(cfg).get(cfg.objective, float("nan"))
+        return train(cfg).get(cfg.objective, math.nan)
+    return math.nan  # a task of a sweep's job that failed: the sweep goes on, and reports it
 
 
 def warn_about_preset() -> None:

@@ -1,0 +1,70 @@
+"""Runs on a Slurm cluster: the tasks that submitit's launcher starts, and what Slurm and the trainer must agree on.
+
+Imports neither torch nor lightning.
+"""
+
+import atexit
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from jsae_lightning.config import world_size
+from jsae_lightning.errors import UserError
+from jsae_lightning.processes import is_rank_zero
+from jsae_lightning.run_status import add_ended_attempt
+
+_OWN_CODES = (1, 2)
+_INTERACTIVE = ("bash", "interactive")  # names of jobs in which Lightning takes no notice of Slurm
+
+
+def is_submitit_task() -> bool:
+    """Whether submitit has started this process, as a task of a sweep's job."""
+    return "SUBMITIT_EXECUTOR" in os.environ
+
+
+@contextmanager
+def noted_end(folder: Path) -> Iterator[None]:
+    """Around a run: note in `status.json` why a task of submitit's failed, and go on after the block.
+
+    A task that ended here would leave the sweep's process waiting for its result: so the task returns to submitit, and
+    its process ends with the run's exit code after that. What ends for another reason (requeued, cancelled) has no
+    result yet, and a run outside submitit is none of ours: their SystemExit passes.
+    """
+    began = time.monotonic()
+    try:
+        yield
+    except SystemExit as error:
+        if not is_submitit_task() or error.code not in _OWN_CODES:
+            raise
+        if is_rank_zero():
+            seconds, reason = time.monotonic() - began, str(error.__context__)
+            add_ended_attempt(folder, pid=os.getpid(), seconds=seconds, exit_code=int(error.code), message=reason)
+        atexit.register(_exit, int(error.code))
+
+
+def _exit(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def check_tasks(cfg: DictConfig) -> None:
+    """Check that Slurm started as many tasks as the trainer has devices; raise UserError with the keys to change."""
+    tasks = os.environ.get("SLURM_NTASKS")
+    if tasks is None or os.environ.get("SLURM_JOB_NAME") in _INTERACTIVE:
+        if "SLURMEnvironment" in str(cfg.trainer.get("plugins")):
+            raise UserError(
+                "trainer=slurm: this process is no task of Slurm's: start it by hydra/launcher=slurm_gpu, "
+                "slurm_multi_gpu or slurm_multi_node with -m, by sbatch conf/slurm/train.sbatch, or use trainer=ddp"
+            )
+    elif int(tasks) != world_size(cfg) and "TORCHELASTIC_RUN_ID" not in os.environ:
+        raise UserError(
+            f"trainer.devices: {cfg.trainer.devices} on trainer.num_nodes={cfg.trainer.num_nodes}, but Slurm started "
+            f"{tasks} tasks: make --nodes (hydra.launcher.nodes) equal to trainer.num_nodes and --ntasks-per-node "
+            "(hydra.launcher.tasks_per_node) to trainer.devices, and start with srun"
+        )
