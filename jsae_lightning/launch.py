@@ -19,6 +19,8 @@ from jsae_lightning.errors import RunError, UserError
 RECORD = "arguments.json"
 """The file in a run's folder that says what it was started with."""
 
+_EXTRAS = {"submitit_slurm": "slurm", "joblib": "parallel"}
+"""Launchers that come with an extra of this package."""
 _CONFIG_FLAGS = ("--config-dir", "--config-name", "-cd", "-cn")
 _OTHER_FOLDER = "make it readable and writable, or choose another folder with hydra.run.dir=DIR"
 _FILE_ERRORS = {
@@ -68,8 +70,9 @@ def _fail(program: str, message: str, code: int = 2) -> None:
 
 def _hydra_message(error: Exception) -> str:
     """Join Hydra's message and its cause into one line that ends with a remedy."""
-    if "hydra/launcher/submitit_slurm" in str(error):
-        return "hydra/launcher: needs the launcher's plugin: pip install -c constraints.txt -e '.[slurm]'"
+    for launcher, extra in _EXTRAS.items():
+        if f"hydra/launcher/{launcher}" in str(error):
+            return f"hydra/launcher: needs the launcher's plugin: pip install -c constraints.txt -e '.[{extra}]'"
     cause = error.__cause__ or error.__context__
     parts = [str(error)] + ([str(cause)] if cause is not None and str(cause) not in str(error) else [])
     lines = [line.strip().rstrip(".") for part in parts for line in part.splitlines()]
@@ -84,7 +87,11 @@ def record_arguments(folder: Path) -> None:
 
     Hydra's own `.hydra/overrides.yaml` is rewritten before anything is checked, also by a mistaken start.
     """
-    record = {"flags": config_flags(), "overrides": list(HydraConfig.get().overrides.task)}
+    record = {
+        "flags": config_flags(),
+        "overrides": list(HydraConfig.get().overrides.task),
+        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+    }
     with atomic_file(folder / RECORD) as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 

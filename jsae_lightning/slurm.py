@@ -5,7 +5,10 @@ Imports neither torch nor lightning.
 
 import atexit
 import os
+import pickle
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,12 +16,14 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from jsae_lightning.atomic_files import atomic_file
 from jsae_lightning.config import world_size
 from jsae_lightning.errors import UserError
 from jsae_lightning.processes import is_rank_zero
 from jsae_lightning.run_status import add_ended_attempt
 
 _OWN_CODES = (1, 2)
+_SECONDS_BETWEEN_LOOKS = 5.0
 _INTERACTIVE = ("bash", "interactive")  # names of jobs in which Lightning takes no notice of Slurm
 
 
@@ -68,3 +73,59 @@ def check_tasks(cfg: DictConfig) -> None:
             f"{tasks} tasks: make --nodes (hydra.launcher.nodes) equal to trainer.num_nodes and --ntasks-per-node "
             "(hydra.launcher.tasks_per_node) to trainer.devices, and start with srun"
         )
+
+
+def end_lost_jobs(sweep: Path, num_tasks: int) -> None:
+    """In the background, give every job of the sweep that is gone from Slurm's queue without a result an error as such.
+
+    The launcher waits for a job's results, or for the word of `sacct`, which not every cluster keeps: without either
+    it would wait for a job that was killed for ever.
+    """
+    threading.Thread(target=_end_lost_jobs, args=(sweep, num_tasks), daemon=True, name="slurm-watch").start()
+
+
+def _end_lost_jobs(sweep: Path, num_tasks: int) -> None:
+    suspects: set[str] = set()
+    while True:
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        queued = _queued()
+        if queued is None:
+            continue
+        gone = {path.name for path in _job_folders(sweep) if path.name not in queued}
+        for job in gone & suspects:  # for a while now: a result on its way through a file system has arrived
+            for task in range(num_tasks):
+                _write_error(sweep / ".submitit" / job / f"{job}_{task}_result.pkl", job)
+        suspects = gone
+
+
+def _write_error(result: Path, job: str) -> None:
+    if not result.exists():
+        with atomic_file(result) as temporary:
+            temporary.write_bytes(pickle.dumps(("error", f"job {job} left Slurm's queue without a result")))
+
+
+def wait_for_jobs(sweep: Path) -> None:
+    """Wait until none of the sweep's jobs is in Slurm's queue.
+
+    The launcher stops waiting at the first job that failed; the others go on all the same.
+    """
+    while not _queued_jobs_of(sweep).isdisjoint(path.name for path in _job_folders(sweep)):
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+def _queued_jobs_of(sweep: Path) -> set[str]:
+    while (queued := _queued()) is None:
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    return queued
+
+
+def _job_folders(sweep: Path) -> list[Path]:
+    """The launcher's folders of single jobs, named by Slurm's numbers: 17, or 17_3 in an array."""
+    return [path.parent for path in (sweep / ".submitit").glob("*/*_submitted.pkl")]
+
+
+def _queued() -> set[str] | None:
+    """Return the numbers of the jobs that are running or waiting; None if Slurm does not answer now."""
+    command = ["squeue", "--noheader", "--array", "--me", "--format=%i"]
+    asked = subprocess.run(command, capture_output=True, text=True, check=False)
+    return set(asked.stdout.split()) if asked.returncode == 0 else None

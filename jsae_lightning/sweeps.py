@@ -30,8 +30,9 @@ from jsae_lightning.atomic_files import atomic_file
 from jsae_lightning.devices import job_environment
 from jsae_lightning.errors import UserError
 from jsae_lightning.launch import RECORD, config_flags
+from jsae_lightning.processes import is_restarted
 from jsae_lightning.run_status import add_ended_attempt, read_status
-from jsae_lightning.slurm import is_submitit_task
+from jsae_lightning.slurm import end_lost_jobs, is_submitit_task, wait_for_jobs
 from jsae_lightning.sweep_progress import JobProgress, last_lines
 
 SWEEP_RECORD = "sweep.json"
@@ -50,6 +51,9 @@ class SweepFolder(Callback):
         folder = Path(config.hydra.sweep.dir).absolute()
         os.environ[_SWEEP_FOLDER] = str(folder)
         jobs = list_jobs(config) if "BasicSweeper" in config.hydra.sweeper._target_ else []
+        launcher = config.hydra.launcher
+        if "SlurmLauncher" in launcher._target_:
+            end_lost_jobs(folder, launcher.nodes * launcher.tasks_per_node)
         with atomic_file(folder / SWEEP_RECORD) as temporary:
             temporary.write_text(json.dumps({"jobs": jobs}, indent=1) + "\n", encoding="utf-8")
 
@@ -106,6 +110,23 @@ class SweepJob:
 def is_sweep_job() -> bool:
     """Whether Hydra gave this process a job of a sweep, which it must not train itself (a submitit task may)."""
     return HydraConfig.get().mode == RunMode.MULTIRUN and not is_submitit_task()
+
+
+def enter_slurm_job(cfg: DictConfig) -> float | None:
+    """Prepare this process, in a job of Slurm's, to train a job of a sweep; return its objective if it is finished.
+
+    After a requeue, and with `sweep.resume`, the run goes on from its last checkpoint.
+
+    Raises:
+        UserError: the folder holds another run.
+    """
+    job = SweepJob.from_hydra()
+    found = _earlier_run(job, resume=cfg.sweep.resume or is_restarted())
+    if found == "finished":
+        return read_objective(job.folder / "metrics.json", cfg.objective)
+    if cfg.ckpt_path is None and (cfg.sweep.resume or is_restarted()):  # not by `found`: all ranks must agree
+        cfg.ckpt_path = "auto"
+    return None
 
 
 def run_sweep_job(cfg: DictConfig) -> float:
@@ -179,15 +200,19 @@ def _earlier_run(job: SweepJob, *, resume: bool) -> str:
     record = job.folder / RECORD
     if not record.is_file():
         return ""
+    try:
+        content = json.loads(record.read_text(encoding="utf-8"))
+        earlier = content["overrides"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{record}: is damaged ({error}): remove the folder to train the job again") from error
+    own_job = os.environ.get("SLURM_JOB_ID")
+    if own_job is not None and content.get("slurm_job_id") == own_job and not is_restarted():
+        return ""  # another rank of this job was quicker
     if not resume:
         raise UserError(
             f"hydra.sweep.dir: {job.folder} holds a run already: go on with the sweep by sweep.resume=true, "
             "or choose another folder"
         )
-    try:
-        earlier = json.loads(record.read_text(encoding="utf-8"))["overrides"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{record}: is damaged ({error}): remove the folder to train the job again") from error
     if (was := _of_the_run(earlier)) != (wanted := _of_the_run(job.overrides)):
         changed = sorted(set(was) ^ set(wanted))
         raise UserError(
@@ -230,11 +255,19 @@ class SweepReport:
         os.environ.pop(_SWEEP_FOLDER, None)  # of a sweep that started this process
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> bool:
+        """Report; of a job that Slurm has ended nothing more is to be said than the report does."""
         folder = os.environ.pop(_SWEEP_FOLDER, None)
-        if folder is not None:
-            text, self.exit_code = report(Path(folder))
-            print(text, flush=True)
+        if folder is None:
+            return False
+        is_slurms = kind is not None and kind.__module__.startswith("submitit.")
+        if is_slurms:
+            wait_for_jobs(Path(folder))
+        text, self.exit_code = report(Path(folder))
+        print(text, flush=True)
+        if is_slurms:
+            self.exit_code = self.exit_code or 1
+        return is_slurms
 
 
 def report(folder: Path) -> tuple[str, int]:

@@ -23,7 +23,7 @@ from jsae_lightning.launch import exit_codes, record_arguments, resumed_argument
 from jsae_lightning.processes import agree_on_start_time, end_with_parent, is_rank_zero, is_restarted
 from jsae_lightning.run_status import AttemptRecord, locked_folder, recorded_attempt
 from jsae_lightning.slurm import check_tasks, is_submitit_task, noted_end
-from jsae_lightning.sweeps import SweepReport, is_sweep_job, run_sweep_job
+from jsae_lightning.sweeps import SweepReport, enter_slurm_job, is_sweep_job, run_sweep_job
 
 if TYPE_CHECKING:
     from jsae_lightning.building import Experiment
@@ -38,7 +38,7 @@ def main() -> None:
         print(help_text(config_dir()))
         return
     end_with_parent()
-    with SweepReport() as sweep, exit_codes(PROGRAM):
+    with exit_codes(PROGRAM), SweepReport() as sweep:
         agree_on_start_time()
         sys.argv[1:] = resumed_arguments(sys.argv[1:])
         register()
@@ -51,12 +51,13 @@ def run(cfg: DictConfig) -> float:
     if is_sweep_job():
         return run_sweep_job(cfg)
     warn_about_preset()
-    is_again = is_restarted() or (is_submitit_task() and cfg.sweep.resume)
-    if is_again and cfg.ckpt_path is None:
-        log.info("started again: going on from the folder's last checkpoint, as with ckpt_path=auto")
-        cfg.ckpt_path = "auto"
     # exit_codes is here, because Hydra would add lines of its own to an error's
     with noted_end(Path(cfg.paths.output_dir)), exit_codes(PROGRAM):
+        if is_submitit_task() and (finished := enter_slurm_job(cfg)) is not None:
+            return finished
+        if is_restarted() and cfg.ckpt_path is None:
+            log.info("started again: going on from the folder's last checkpoint, as with ckpt_path=auto")
+            cfg.ckpt_path = "auto"
         check_config(cfg)
         check_tasks(cfg)
         check_architecture(cfg)

@@ -112,8 +112,8 @@ def running_cluster() -> Iterator[Cluster]:
         yield cluster
 
 
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
+def cluster_or_skip() -> Iterator[Cluster]:
+    """For a fixture: a running Slurm, whose daemons are gone at the end; skips, saying why, where there can be none."""
     if reason := missing():
         pytest.skip(reason)
     with running_cluster() as running:

@@ -12,10 +12,9 @@ import pytest
 from comparing import assert_same_run, checkpoint, rows
 from jsae_lightning.config import config_dir
 from running import TIME_LIMIT, command, environment, toy_overrides, train, write_documents
-from slurm_cluster import wait_until
+from slurm_cluster import cluster_or_skip, wait_until
 from tiny_models import make_model_dir
 
-pytest_plugins = ("slurm_cluster",)
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 
 LAUNCHER = ["-m", "hydra/launcher=slurm_cpu", "hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=null"]
@@ -23,6 +22,11 @@ LONG = ["data.train_tokens=12800", "checkpoint.every_n_steps=25", "eval.every_n_
 SHORT = ["data.train_tokens=128"]
 TWO_NODES = ["trainer=slurm", "trainer.num_nodes=2", "trainer.accelerator=cpu"]
 ADDRESS = {"MASTER_ADDR": "127.0.0.1"}  # no name server knows n1
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    yield from cluster_or_skip()
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +114,7 @@ def test_a_failing_job_stops_no_other_and_is_reported(material, cluster, tmp_pat
     assert cluster.field(job, "ExitCode") == "2:0"
     assert (tmp_path / "1" / "metrics.json").is_file()
     code, text = sweep(cluster, tmp_path, material, *SHORT, "sae.k=999,4", "sweep.resume=true")
-    assert code == 2 and "nothing is left to train" in (tmp_path / "1" / "train.log").read_text(), text
+    assert code == 2 and len(attempts(tmp_path / "1")) == 1, text
 
 
 def test_two_nodes_equal_one_process(undisturbed, two_nodes):
@@ -131,7 +135,6 @@ def test_a_preempted_job_goes_on_in_its_folder(material, undisturbed, cluster, t
         code = process.wait(TIME_LIMIT)
     assert code == 0, everything_printed(tmp_path)
     assert cluster.field(job, "Restarts") == "1"
-    assert len(_lines(tmp_path / "0", "started again: going on")) == 1
     assert len(_lines(tmp_path / "0", "going on from step")) == 1
     assert [attempt["slurm_job_id"] for attempt in attempts(tmp_path / "0")] == [job, job]
     assert_same_run(tmp_path / "0", undisturbed)
@@ -144,7 +147,8 @@ def test_a_cancelled_job_can_be_resumed_anywhere(material, undisturbed, cluster,
         (job,) = cluster.jobs()
         cluster.command("scancel", job)
         cluster.wait_for(job, "CANCELLED")
-        wait_until(lambda: job not in cluster.jobs(), "the job's end", 30)
+        assert process.wait(TIME_LIMIT) == 1  # though no accounting of this Slurm tells the launcher
+    assert "1 failed" in output.read_text() and "sweep.resume=true" in output.read_text()
     assert attempts(run)[-1]["exit_code"] != 0 and not (run / "metrics.json").exists()
     assert train(["ckpt_path=auto", f"hydra.run.dir={run}"], output=output) == 0, output.read_text()
     assert_same_run(run, undisturbed)
