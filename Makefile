@@ -1,18 +1,22 @@
 # make train   the default run: embedded language model and text, no network after the installation
-# make test    the whole test suite          make check   what CI runs: format, lint, types, tests
+# make test    the test suite                make test-slow   the slow tests: killed ranks, sweeps, a real Slurm
+# make check   format, lint, types, tests    (continuous integration runs make check and make test-slow)
 PYTHON ?= python3
 VENV := .venv
 PIP_ARGS ?=
 PIP_INSTALL := $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS)
 ARGS ?=
 
-.PHONY: train test lint types check clean
+.PHONY: train test test-slow lint types check clean
 
 train: $(VENV)/.installed
 	$(VENV)/bin/jsae-train $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile -m slow $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check jsae_lightning tests

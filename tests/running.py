@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["jsae_lightning.building", "datasets", "transformer_lens", "running"])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["jsae_lightning.building", "datasets", "transformer_lens", "running"])
 TIME_LIMIT = 240.0
 
 
@@ -57,7 +57,7 @@ def start(
     overrides: list[str], *, output: Path, fault: Callable[[], None] | None = None
 ) -> multiprocessing.process.BaseProcess:
     """Begin to train in a child process, after `fault()` if given; what it prints is added to a file."""
-    process = _CONTEXT.Process(target=_child, args=(overrides, output, fault))
+    process = CONTEXT.Process(target=_child, args=(overrides, output, fault))
     process.start()
     return process
 
