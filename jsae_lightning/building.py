@@ -140,7 +140,7 @@ def quiet_libraries() -> None:
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
         logging.getLogger(name).handlers.clear()  # Hydra's root logger prints and files what is left
-    for message in (".*LeafSpec.*", ".*broadcast_buffers.*"):
+    for message in (".*LeafSpec.*", ".*broadcast_buffers.*", ".*`srun` command is available.*"):
         warnings.filterwarnings("ignore", message=message)
 
 

@@ -128,7 +128,8 @@ def recorded_attempt(folder: Path) -> Iterator[AttemptRecord]:
     try:
         yield record
     except SystemExit as error:
-        record.end(error.code if isinstance(error.code, int) else int(error.code is not None))
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        record.end(code, "interrupted" if code else None)
         raise
     except BaseException as error:
         record.end(2 if isinstance(error, UserError) else 1, f"{type(error).__name__}: {error}")

@@ -22,6 +22,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -50,10 +51,13 @@ class SweepFolder(Callback):
         """Write the record; sweepers other than Hydra's basic one choose their jobs on the way, so it has none."""
         folder = Path(config.hydra.sweep.dir).absolute()
         os.environ[_SWEEP_FOLDER] = str(folder)
-        jobs = list_jobs(config) if "BasicSweeper" in config.hydra.sweeper._target_ else []
         launcher = config.hydra.launcher
         if "SlurmLauncher" in launcher._target_:
             end_lost_jobs(folder, launcher.nodes * launcher.tasks_per_node)
+        try:
+            jobs = list_jobs(config) if "BasicSweeper" in config.hydra.sweeper._target_ else []
+        except HydraException:  # glob(...) is known to the sweeper only
+            jobs = []
         with atomic_file(folder / SWEEP_RECORD) as temporary:
             temporary.write_text(json.dumps({"jobs": jobs}, indent=1) + "\n", encoding="utf-8")
 
@@ -97,7 +101,7 @@ class SweepJob:
 
     @property
     def label(self) -> str:
-        """`job 3/12 (sae.k=32)`, counted from 0 as the folders are."""
+        """`job 3 of 12 (sae.k=32)`, counted from 0 as the folders are."""
         return f"job {self.num}{f' of {self.num_jobs}' if self.num_jobs else ''} ({' '.join(self.varying)})"
 
     def command(self, *, resume: bool) -> list[str]:
@@ -121,7 +125,8 @@ def enter_slurm_job(cfg: DictConfig) -> float | None:
         UserError: the folder holds another run.
     """
     job = SweepJob.from_hydra()
-    found = _earlier_run(job, resume=cfg.sweep.resume or is_restarted())
+    own_job = None if is_restarted() else os.environ.get("SLURM_JOB_ID")
+    found = _earlier_run(job, resume=cfg.sweep.resume or is_restarted(), own_job=own_job)
     if found == "finished":
         return read_objective(job.folder / "metrics.json", cfg.objective)
     if cfg.ckpt_path is None and (cfg.sweep.resume or is_restarted()):  # not by `found`: all ranks must agree
@@ -191,8 +196,10 @@ def exit_reason(code: int, console: Path) -> str:
     return f"exit code {code}: {said}"
 
 
-def _earlier_run(job: SweepJob, *, resume: bool) -> str:
-    """Say what the job's folder holds: "" (nothing yet), "finished", or "unfinished".
+def _earlier_run(job: SweepJob, *, resume: bool, own_job: str | None = None) -> str:
+    """Say what the job's folder holds: "", "finished" or "unfinished".
+
+    "" stands for nothing yet, or for what another rank of Slurm's `own_job` has just noted.
 
     Raises:
         UserError: it holds a run and `sweep.resume` is false, or a run with other overrides.
@@ -205,9 +212,8 @@ def _earlier_run(job: SweepJob, *, resume: bool) -> str:
         earlier = content["overrides"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{record}: is damaged ({error}): remove the folder to train the job again") from error
-    own_job = os.environ.get("SLURM_JOB_ID")
-    if own_job is not None and content.get("slurm_job_id") == own_job and not is_restarted():
-        return ""  # another rank of this job was quicker
+    if own_job is not None and content.get("slurm_job_id") == own_job:
+        return ""
     if not resume:
         raise UserError(
             f"hydra.sweep.dir: {job.folder} holds a run already: go on with the sweep by sweep.resume=true, "

@@ -243,7 +243,7 @@ def test_the_lock_of_a_folder_and_the_state_of_a_killed_run(tmp_path):
         with pytest.raises(UserError), recorded_attempt(tmp_path):
             raise UserError("sae.k: no")
     status = read_status(tmp_path)
-    assert [(a.exit_code, a.message) for a in status.attempts] == [(2, None), (2, "UserError: sae.k: no")]
+    assert [(a.exit_code, a.message) for a in status.attempts] == [(2, "interrupted"), (2, "UserError: sae.k: no")]
     status_file = tmp_path / "status.json"
     status_file.write_text(status_file.read_text().replace('"failed"', '"running"'))
     assert read_status(tmp_path).status == "killed"  # nobody holds the lock
