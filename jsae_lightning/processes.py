@@ -79,7 +79,7 @@ def start_time(pattern: str) -> str:
 
 def is_rank_zero() -> bool:
     """Whether this process is, or will start, the ranks' first: by what Lightning, torchrun or Slurm has set."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
 def rank_suffix() -> str:

@@ -93,7 +93,18 @@ def test_a_killed_rank_ends_its_job_only_and_the_repeated_sweep_resumes_it(mater
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_takes_its_job_along_and_goes_on(material, tmp_path):
+def test_a_job_that_is_out_of_memory_is_reported(material, tmp_path):
+    """The second job's weights would take 51 GB; the limit is on the processes' own, not on the machine's memory."""
+    sweep, output = tmp_path / "sweep", tmp_path / "output"
+    arguments = command([*overrides(material, sweep, "sae.exp"), "sae.d_sae=64,400_000_000", "-m"])
+    assert run(["sh", "-c", 'ulimit -v 12582912; exec "$@"', "sh", *arguments], output=output) == 1
+    said = output.read_text()
+    assert states(sweep) == ["finished", "failed"]
+    assert "1: failed after" in said and "can't allocate memory" in said
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_takes_its_job_along_and_says_so_afterwards(material, tmp_path):
     sweep = tmp_path / "sweep"
     arguments = [*overrides(material, sweep, "data.train"), "data.train_tokens=64000", "sae.k=2,3", "-m"]
     process = subprocess.Popen(command(arguments), env=environment(), stdout=subprocess.DEVNULL)
