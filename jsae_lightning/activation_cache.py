@@ -14,7 +14,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -58,10 +58,10 @@ def open_cache(
     language_model: "LanguageModel",
     mask: "PositionMask",
     geometry: "BlockGeometry",
+    data: dict[str, Any],
     *,
     blocks: int,
     rank: int,
-    **data: str | int,
 ) -> "ActivationCache | None":
     """Open the cache of these activations and check that `blocks` blocks fit on its disk; None if there is to be none.
 
@@ -70,29 +70,23 @@ def open_cache(
     """
     if (cache_dir := check_cache_dir(config.cache_dir)) is None:
         return None
-    key = make_key(language_model, mask, geometry, lm_batch_sequences=config.lm_batch_sequences, **data)
+    key = {
+        "format": FORMAT,
+        "weights": language_model.weights_hash(),  # their dtype is a part of it
+        "layer": language_model.layer,
+        "device": language_model.device.type,
+        "lm_batch_sequences": config.lm_batch_sequences,
+        "versions": {name: version(name) for name in _COMPUTED_BY},
+        "data": data,
+        "mask": asdict(mask),
+        "geometry": asdict(geometry),
+    }
     d_model = language_model.architecture.d_model
     cache = ActivationCache(cache_dir, key, geometry=geometry, d_model=d_model, dtype=config.cache_dtype)
     about = cache.check_space(blocks)
     if rank == 0:
         log.info(about)
     return cache
-
-
-def make_key(
-    language_model: "LanguageModel", mask: "PositionMask", geometry: "BlockGeometry", **others: str | int
-) -> dict[str, Any]:
-    """Return everything that the activations depend on, as primitives: jobs with equal keys share their files."""
-    return {
-        "format": FORMAT,
-        "weights": language_model.weights_hash(),  # their dtype is a part of it
-        "layer": language_model.layer,
-        "device": language_model.device.type,
-        "mask": asdict(mask),
-        "geometry": asdict(geometry),
-        "versions": {name: version(name) for name in _COMPUTED_BY},
-        **others,
-    }
 
 
 class ActivationCache:
@@ -103,7 +97,7 @@ class ActivationCache:
 
         Args:
             cache_dir: the folder of all caches.
-            key: what the activations depend on, as primitives (`make_key`).
+            key: what the activations depend on, as primitives; jobs with equal keys share their files.
             geometry: sizes of a block.
             d_model: width of the activations.
             dtype: what is stored, and what the served values are rounded to: a key of DTYPES.
@@ -148,11 +142,10 @@ class ActivationCache:
         """
         path = self._shard_folder(shard) / _file_name(position)
         about = {"key": self._key, "position": str(position), "shard": str(shard), "tokens": bytes_hash(tokens)}
-        try:
+        with suppress(FileNotFoundError, DamagedFileError):
             return self._read(path, about)
-        except (FileNotFoundError, DamagedFileError):
-            with locked(path.parent) if self._is_writable else nullcontext():
-                return self._read_or_make(path, about, make)
+        with locked(path.parent) if self._is_writable else nullcontext():
+            return self._read_or_make(path, about, make)
 
     def _read(self, path: Path, about: dict[str, str]) -> Tensor:
         shape = (self._geometry.shard_tokens, self._d_model)

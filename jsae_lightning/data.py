@@ -151,16 +151,9 @@ class ActivationDataModule(LightningDataModule):
         """
         assert self._sequences is not None, "setup() comes first"
         sequences = self._sequences.make_train()
+        own = {"fingerprint": sequences.fingerprint, "context_length": self._context_length, "seed": self._seed}
         self._cache = open_cache(
-            self._config,
-            self.language_model,
-            self._mask,
-            self.geometry,
-            blocks=self._needed_blocks(),
-            rank=self._rank,
-            fingerprint=sequences.fingerprint,
-            context_length=self._context_length,
-            seed=self._seed,
+            self._config, self.language_model, self._mask, self.geometry, own, blocks=self._blocks(), rank=self._rank
         )
         return ActivationLoader(
             sequences,
@@ -327,9 +320,10 @@ class ActivationDataModule(LightningDataModule):
     def _needed_sequences(self, probe: Tensor | None = None) -> int:
         """Sequences that all ranks read in the whole training: whole blocks."""
         geometry = self.geometry if probe is None else self._block_geometry(probe)
-        return self._needed_blocks() * geometry.sequences
+        return self._blocks() * geometry.sequences
 
-    def _needed_blocks(self) -> int:
+    def _blocks(self) -> int:
+        """Blocks of the whole training."""
         return math.ceil(self._num_batches / self._config.buffer_batches)
 
     def _check_amount(self, sequences: _Sequences) -> None:
