@@ -416,6 +416,15 @@ def test_what_jobs_of_a_sweep_share_has_the_same_files(material, tmp_path):
         assert own._cache.folder == first._cache.folder and own._cache.read == 8
 
 
+def test_bfloat16_loses_nothing_of_a_model_in_bfloat16(material, tmp_path):
+    model = {"dtype": "bfloat16"}
+    own = data_module(material, tmp_path, model=model, cache_dtype="bfloat16")
+    expected = torch.stack(list(data_module(material, None, model=model).train_dataloader()))
+    for _ in range(2):
+        assert torch.stack(list(own.train_dataloader())).equal(expected)
+    assert own._cache.read == 8
+
+
 def test_weights_that_differ_in_one_number_or_setting_differ(material, tmp_path):
     own = data_module(material, tmp_path).language_model
     before = own.weights_hash()
