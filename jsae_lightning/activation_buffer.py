@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from jsae_lightning.activation_cache import ActivationCache
 from jsae_lightning.errors import UserError
 from jsae_lightning.sequence_sources import SequenceSource, seeded_generator
 
@@ -87,6 +88,7 @@ class ActivationLoader:
         sequence_position   global position of the current block's first sequence
         source              state of the stream at the block's start, {} for random access
         seed, fingerprint   must be equal on loading
+        dtype               what the activations were rounded to, by a cache; another one is warned of on loading
         batch_tokens, buffer_batches, num_shards, sequences_per_shard
                             if one differs on loading, training goes on from the block's start in the order of the
                             sequences (none left out, at most a block of them seen twice), which is logged
@@ -107,6 +109,7 @@ class ActivationLoader:
         seed: int,
         rank: int,
         world_size: int,
+        cache: ActivationCache | None = None,
     ) -> None:
         """Hold references only; the first block is filled when the first micro-batch is asked for.
 
@@ -123,12 +126,13 @@ class ActivationLoader:
             seed: of the shuffling within blocks.
             rank: this process.
             world_size: number of processes.
+            cache: where activations are kept and taken from; None: the language model always runs.
         """
         self.geometry, self.num_batches, self.micro_batches = geometry, num_batches, micro_batches
         self.redrawn_tokens = 0
         self._sequences, self._mlp_in, self._included = sequences, mlp_in, included
         self._d_model, self._device, self._lm_batch = d_model, torch.device(device), lm_batch_sequences
-        self._seed, self._rank, self._world_size = seed, rank, world_size
+        self._seed, self._rank, self._world_size, self._cache = seed, rank, world_size, cache
         self._shards = list(range(rank, geometry.num_shards, world_size))
         self._block: Float[Tensor, "batches shards share d_model"] | None = None
         self._go_to(batch=0, block_start=0, position=0, source_state={})
@@ -183,26 +187,41 @@ class ActivationLoader:
     def _shard_activations(
         self, tokens: Int64[Tensor, "sequences context_length"], shard: int
     ) -> Float[Tensor, "shard_tokens d_model"]:
-        """Run the language model on a shard's sequences; put each token at its place in the shuffled shard.
+        """Return a shard with each token at its place in the shuffled order, from the cache if it is there.
 
-        Never on sequences of several shards at once, so that the activations do not depend on the number of ranks.
+        Never of several shards at once, so that the activations do not depend on the number of ranks.
         """
         generator = seeded_generator("block", self._seed, self._position, shard, self.geometry.num_shards)
         slots, copies = assign_slots(self._included(tokens), self.geometry.shard_tokens, generator)
+        if copies.shape[1]:
+            self.redrawn_tokens += copies.shape[1]
+            log.info(
+                f"{copies.shape[1]} of {self.geometry.shard_tokens} tokens of shard {shard} of the block at sequence "
+                f"{self._position} were drawn twice, as special tokens left too few"
+            )
+        if self._cache is None:
+            return self._run_model(tokens, slots, copies)
+        return self._cache.get(self._position, shard, tokens, lambda: self._run_model(tokens, slots, copies))
+
+    def _run_model(
+        self,
+        tokens: Int64[Tensor, "sequences context_length"],
+        slots: Int64[Tensor, "sequences context_length"],
+        copies: Int64[Tensor, "2 copies"],
+    ) -> Float[Tensor, "shard_tokens d_model"]:
+        """Run the language model on a shard's sequences; put the activations where `assign_slots` says."""
         shuffled = torch.empty(self.geometry.shard_tokens, self._d_model, device=self._device)
         for batch, batch_slots in zip(tokens.split(self._lm_batch), slots.split(self._lm_batch), strict=True):
             activations = self._mlp_in(batch.to(self._device)).flatten(0, 1)
             batch_slots = batch_slots.flatten().to(self._device)
             kept = batch_slots >= 0
             shuffled[batch_slots[kept]] = activations[kept].float()
-        if copies.shape[1]:
-            shuffled[copies[0].to(self._device)] = shuffled[copies[1].to(self._device)]
-            self.redrawn_tokens += copies.shape[1]
-            log.info(
-                f"{copies.shape[1]} of {self.geometry.shard_tokens} tokens of shard {shard} of the block at sequence "
-                f"{self._position} were drawn twice, as special tokens left too few"
-            )
+        shuffled[copies[0].to(self._device)] = shuffled[copies[1].to(self._device)]
         return shuffled
+
+    @property
+    def _dtype(self) -> str:
+        return "float32" if self._cache is None else self._cache.dtype
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state described above, without moving anything.
@@ -217,6 +236,7 @@ class ActivationLoader:
             "source": self._source_state,
             "seed": self._seed,
             "fingerprint": self._sequences.fingerprint,
+            "dtype": self._dtype,
             **asdict(self.geometry),
         }
 
@@ -235,6 +255,11 @@ class ActivationLoader:
             raise UserError(
                 "data: the training sequences are not those of the checkpoint (other files, packing or tokenizer): "
                 "resume with the data and data.* settings that it was made with"
+            )
+        if (dtype := state.get("dtype", self._dtype)) != self._dtype:
+            log.warning(
+                f"data.cache_dtype: the activations were rounded to {dtype} before the checkpoint, and are now to "
+                f"{self._dtype}: the run does not equal one that was left alone"
             )
         changed = [f"{key} {state[key]} -> {own}" for key, own in asdict(self.geometry).items() if state[key] != own]
         block_start = state["block_start"]

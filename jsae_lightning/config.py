@@ -30,6 +30,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "model.random_weights": (True, False, "full"),
     "data.source": SOURCES,
     "data.bos": ("auto", "never", "document", "sequence"),
+    "data.cache_dtype": ("float32", "bfloat16"),
     "jacobian.penalty": PENALTIES,
     "jacobian.at": ("input", "reconstruction"),
     "checkpoint.best_mode": ("min", "max"),

@@ -4,10 +4,12 @@ Hydra merges the YAML groups and the command line into these classes, so an unkn
 composing, with the file and key in the message. Values and their units stand in `conf/`; nothing has a default here.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from omegaconf import MISSING
+
+from jsae_lightning.errors import UserError
 
 
 @dataclass
@@ -50,6 +52,8 @@ class DataConfig:
     val_sequences: int = MISSING
     val_fraction: float = MISSING
     repeat: bool = MISSING
+    cache_dir: str | None = MISSING
+    cache_dtype: str = MISSING
 
 
 @dataclass
@@ -147,3 +151,15 @@ class RootConfig:
     num_threads: int | None = MISSING
     ckpt_path: str | None = MISSING
     objective: str = MISSING
+
+
+def make_data_config(data: dict[str, Any]) -> DataConfig:
+    """Turn a plain dict into a `DataConfig`; UserError for keys that are unknown or missing."""
+    known = [entry.name for entry in fields(DataConfig)]
+    for key in data:
+        if key not in known:
+            raise UserError(f"data.{key}: there is no such key: correct it; the keys are {', '.join(known)}")
+    missing = [key for key in known if key not in data]
+    if missing:
+        raise UserError(f"data.{missing[0]}: is missing: give it (conf/data/base.yaml has every key with its default)")
+    return DataConfig(**data)

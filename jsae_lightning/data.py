@@ -19,7 +19,8 @@ from lightning import LightningDataModule
 from torch import Tensor
 
 from jsae_lightning.activation_buffer import ActivationLoader, BlockGeometry, sequences_per_shard
-from jsae_lightning.config_schema import DataConfig
+from jsae_lightning.activation_cache import ActivationCache, check_cache_dir, open_cache
+from jsae_lightning.config_schema import make_data_config
 from jsae_lightning.errors import UserError
 from jsae_lightning.frozen_mlp import FrozenMLP
 from jsae_lightning.language_model import Architecture, LanguageModel, load_tokenizer, read_architecture
@@ -103,6 +104,7 @@ class ActivationDataModule(LightningDataModule):
         self._seed, self._num_batches, self._micro_batches = seed, num_batches, micro_batches
         self._rank, self._world_size = 0, 1
         self._sequences: _Sequences | None = None
+        self._cache: ActivationCache | None = None
 
     @property
     def frozen_mlp(self) -> FrozenMLP:
@@ -133,6 +135,7 @@ class ActivationDataModule(LightningDataModule):
         sequences = self._make_sequences(open_source(self._config))
         self.geometry = self._block_geometry(sequences.probe)
         self._check_amount(sequences)
+        check_cache_dir(self._config.cache_dir)
         self.val_tokens = sequences.val_tokens
         self.language_model = LanguageModel.load(**self._model, device=device)
         self._sequences = sequences
@@ -141,10 +144,19 @@ class ActivationDataModule(LightningDataModule):
                 log.info(line)
 
     def train_dataloader(self) -> ActivationLoader:
-        """A new loader that stands at the beginning; its state says where to go on."""
+        """A new loader that stands at the beginning; its state says where to go on.
+
+        Raises:
+            UserError: the activations do not fit on the disk of `cache_dir`.
+        """
         assert self._sequences is not None, "setup() comes first"
+        sequences = self._sequences.make_train()
+        own = {"fingerprint": sequences.fingerprint, "context_length": self._context_length, "seed": self._seed}
+        self._cache = open_cache(
+            self._config, self.language_model, self._mask, self.geometry, own, blocks=self._blocks(), rank=self._rank
+        )
         return ActivationLoader(
-            self._sequences.make_train(),
+            sequences,
             self.language_model.mlp_in,
             self.included,
             d_model=self.language_model.architecture.d_model,
@@ -156,7 +168,13 @@ class ActivationDataModule(LightningDataModule):
             seed=self._seed,
             rank=self._rank,
             world_size=self._world_size,
+            cache=self._cache,
         )
+
+    def teardown(self, stage: str | None = None) -> None:
+        """Say what this rank read from the cache and wrote to it."""
+        if self._cache is not None and self._rank == 0:
+            log.info(self._cache.report())
 
     def included(self, tokens: Int64[Tensor, "sequences context_length"]) -> Bool[Tensor, "sequences context_length"]:
         """Mask of the positions that SAEs are trained on and judged at."""
@@ -302,7 +320,11 @@ class ActivationDataModule(LightningDataModule):
     def _needed_sequences(self, probe: Tensor | None = None) -> int:
         """Sequences that all ranks read in the whole training: whole blocks."""
         geometry = self.geometry if probe is None else self._block_geometry(probe)
-        return math.ceil(self._num_batches / geometry.buffer_batches) * geometry.sequences
+        return self._blocks() * geometry.sequences
+
+    def _blocks(self) -> int:
+        """Blocks of the whole training."""
+        return math.ceil(self._num_batches / self._config.buffer_batches)
 
     def _check_amount(self, sequences: _Sequences) -> None:
         """Refuse data that would have to be repeated and must not (a stream tells only when it ends)."""
@@ -316,15 +338,3 @@ class ActivationDataModule(LightningDataModule):
             "data.repeat=true, give more data, or "
             + (f"lower data.train_tokens to {possible:,}" if possible else "lower data.buffer_batches")
         )
-
-
-def make_data_config(data: dict[str, Any]) -> DataConfig:
-    """Turn a plain dict into a `DataConfig`; UserError for keys that are unknown or missing."""
-    known = [field.name for field in dataclasses.fields(DataConfig)]
-    for key in data:
-        if key not in known:
-            raise UserError(f"data.{key}: there is no such key: correct it; the keys are {', '.join(known)}")
-    missing = [key for key in known if key not in data]
-    if missing:
-        raise UserError(f"data.{missing[0]}: is missing: give it (conf/data/base.yaml has every key with its default)")
-    return DataConfig(**data)

@@ -6,7 +6,10 @@ only: attention stays transformers' own, at its speed.
 """
 
 import contextlib
+import hashlib
+import json
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +19,7 @@ from torch import Tensor
 
 from jsae_lightning.architecture import Architecture, check_layer, load_config, read_architecture
 from jsae_lightning.bridge import check_mlp, extract_mlp, wrap
+from jsae_lightning.cache_files import bytes_hash
 from jsae_lightning.errors import UserError
 from jsae_lightning.frozen_mlp import FrozenMLP
 from jsae_lightning.model_files import check_safetensors, first_line, model_folder
@@ -172,6 +176,21 @@ class LanguageModel:
             if replace is not None
         ]
         return self._run(tokens, hooks, return_type="logits").float()
+
+    def weights_hash(self) -> str:
+        """Hash (hex) of every parameter and buffer, in the model's dtype, and of the settings that they are used with.
+
+        The same on every device, and for two folders that hold the same model.
+        """
+        settings = {
+            name: value
+            for name, value in self._bridge.original_model.config.to_dict().items()
+            if name not in ("_name_or_path", "transformers_version")
+        }
+        parts = [json.dumps(settings, sort_keys=True, default=str)]
+        for name, tensor in chain(self._bridge.named_parameters(), self._bridge.named_buffers()):
+            parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)} {bytes_hash(tensor)}")
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def _run(self, tokens: Tensor, hooks: list[tuple[str, Callable]], *, return_type: str | None) -> Any:
         sites = [(f"blocks.{self.layer}.mlp.{site}", hook) for site, hook in hooks]

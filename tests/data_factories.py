@@ -62,4 +62,6 @@ def data_settings(**changes: Any) -> dict[str, Any]:
         "val_sequences": 4,
         "val_fraction": 0.2,
         "repeat": True,
+        "cache_dir": None,
+        "cache_dtype": "float32",
     } | changes

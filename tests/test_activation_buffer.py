@@ -60,6 +60,7 @@ def loader(
     rank=0,
     world_size=1,
     model=None,
+    cache=None,
 ):
     """A shard for each rank, unless `shards` says otherwise; `share` and `count`: its tokens of a batch, sequences."""
     shards = shards or world_size
@@ -76,6 +77,7 @@ def loader(
         seed=seed,
         rank=rank,
         world_size=world_size,
+        cache=cache,
     )
 
 
