@@ -9,21 +9,23 @@ import contextlib
 import dataclasses
 import glob
 import hashlib
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from jsae_lightning.config_schema import DataConfig
-from jsae_lightning.errors import UserError
+from jsae_lightning.errors import RunError, UserError
 from jsae_lightning.model_files import first_line, within
+from jsae_lightning.stream_reader import Patience, StreamReader
 from jsae_lightning.tiny_lm import corpus
 
 TEXT_COLUMNS = ("text", "content")
 TOKEN_COLUMNS = ("input_ids", "tokens")
 NUM_HEAD_ROWS = 64
 """Rows that are looked at before anything else is decided about a table or a stream."""
+BATCH_ROWS = 32
+"""Rows of a stream that are read at once, and again if reading them fails."""
 HUB_TIMEOUT_S = 20.0
 _SUFFIXES = {
     "text": (".txt", ".text", ".md"),
@@ -40,7 +42,8 @@ class Rows:
 
     `data` is a list of texts, a `datasets.Dataset` or a `datasets.IterableDataset`; `column` names the column that
     holds the text or the token ids (unused for a list); `where` says in messages what was read; `head` holds the
-    values of the first rows, at most NUM_HEAD_ROWS (none for a list).
+    values of the first rows, at most NUM_HEAD_ROWS (none for a list); `patience` says how long a stream that breaks is
+    tried.
     """
 
     data: Any
@@ -48,11 +51,17 @@ class Rows:
     column: str = ""
     holds_tokens: bool = False
     head: tuple[Any, ...] = ()
+    patience: Patience = Patience()
 
-    def values(self, data: Any = None) -> Iterator[Any]:
-        """Yield the text or the token ids of each row in order (of `data`, a copy of the dataset, if given)."""
-        for row in self.data if data is None else data:
-            yield self.value(row)
+    def reader(self, state: dict[str, Any] | None = None) -> StreamReader:
+        """Read the dataset's rows from a position on (None: the beginning)."""
+        return StreamReader(self.data, self.patience, self.where, state)
+
+    def values(self) -> Iterator[Any]:
+        """Yield the text or the token ids of each row in order."""
+        reader = self.reader()
+        while batch := reader.read(BATCH_ROWS):
+            yield from map(self.value, batch)
 
     def value(self, row: Any) -> Any:
         """The text or the token ids of a row; empty for null."""
@@ -96,6 +105,7 @@ def open_source(config: DataConfig) -> Source:
     Raises:
         UserError: no such file, folder, dataset or split; nothing in it; no text or token column; keys that do not
             apply to the source; the hub cannot be reached.
+        RunError: the first rows of a stream cannot be read.
     """
     _check_keys(config)
     if config.source == "stdlib":
@@ -193,11 +203,12 @@ def _open_rows(config: DataConfig, split: str) -> Rows:
     files = [] if config.source == "hub" else find_files(config.path or "", config.source)
     if config.source == "hub" and not Path(config.name or "").is_dir():
         _check_hub(config.name or "", config.revision)
+    patience = Patience(config.stream_retries, config.stream_timeout_s) if config.streaming else Patience()
     with quiet_datasets():
         try:
             data = _load_split(config, split, files)
-            head = list(itertools.islice(data, NUM_HEAD_ROWS))
-        except UserError:
+            head = StreamReader(data, patience, where).read(NUM_HEAD_ROWS)
+        except (UserError, RunError):
             raise
         except Exception as error:  # `datasets` and its readers raise dozens of unrelated types
             key = "name" if config.source == "hub" else "path"
@@ -208,7 +219,7 @@ def _open_rows(config: DataConfig, split: str) -> Rows:
     if not head:
         raise UserError(f"data.train_split: {where} has no rows: give a dataset or split with data")
     column, holds_tokens = find_column(head, where, text_column=config.text_column, token_column=config.token_column)
-    rows = Rows(data, where, column, holds_tokens)
+    rows = Rows(data, where, column, holds_tokens, patience=patience)
     return dataclasses.replace(rows, head=tuple(map(rows.value, head)))
 
 
