@@ -87,7 +87,7 @@ def test_a_stream_that_recovers_gives_every_row_once(fault, caplog):
     [("drop", "connection broken"), ("HTTP 503", "HTTP 503"), ("stall", "no answer for 0.2 s")],
 )
 def test_a_stream_that_stays_broken_ends_in_one_line(fault, what):
-    with pytest.raises(RunError, match=f"the stream: .*{what}.*, after 3 tries.*last checkpoint is kept.*ckpt_path=auto"):
+    with pytest.raises(RunError, match=f"the stream: .*{what}.*, after 3 tries.*is kept.*ckpt_path=auto"):
         read_all(FakeStream([FAULTS[fault]] * 9), retries=2, timeout_s=0.2 if fault == "stall" else 60.0)
 
 
