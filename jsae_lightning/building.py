@@ -3,6 +3,7 @@
 import logging
 import platform
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,10 +18,11 @@ from jsae_lightning.architecture import read_architecture
 from jsae_lightning.atomic_files import remove_leftovers
 from jsae_lightning.callbacks.checkpointing import AtomicCheckpointIO
 from jsae_lightning.checkpoint import find_checkpoint, read_checkpoint, save_pair
-from jsae_lightning.config import build, jacobian_coef, micro_batch_tokens, sae_widths, to_dict
+from jsae_lightning.config import build, jacobian_coef, sae_widths, to_dict
 from jsae_lightning.data import ActivationDataModule
 from jsae_lightning.errors import UserError
 from jsae_lightning.module import JSAEModule
+from jsae_lightning.rank_watch import RankWatch
 from jsae_lightning.summary import final_metrics, print_summary, write_metrics_json
 
 log = logging.getLogger(__name__)
@@ -107,15 +109,18 @@ class Experiment:
         }
 
 
-def build_experiment(cfg: DictConfig) -> Experiment:
-    """Build data module, LightningModule and trainer; raise UserError for what only the model's config can tell."""
+def build_experiment(cfg: DictConfig, *, on_lost_rank: Callable[[str], None] = lambda message: None) -> Experiment:
+    """Build data module, LightningModule and trainer; raise UserError for what only the model's config can tell.
+
+    `on_lost_rank` is called with a message before this process is ended because another rank is gone.
+    """
     quiet_libraries()
     architecture = read_architecture(cfg.model.path or cfg.model.name, revision=cfg.model.revision)
     if cfg.num_threads is not None:
         torch.set_num_threads(cfg.num_threads)
     kernels.select_kernels(cfg.kernels)
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
-    trainer = build_trainer(cfg)
+    trainer = build_trainer(cfg, RankWatch(on_lost_rank, cfg.paths.output_dir))
     module = build_module(cfg, architecture.d_model)
     checkpoint = choose_checkpoint(cfg)
     if checkpoint is not None:
@@ -132,7 +137,8 @@ def quiet_libraries() -> None:
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
         logging.getLogger(name).handlers.clear()  # Hydra's root logger prints and files what is left
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    for message in (".*LeafSpec.*", ".*broadcast_buffers.*"):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def build_data(cfg: DictConfig) -> ActivationDataModule:
@@ -149,8 +155,8 @@ def build_data(cfg: DictConfig) -> ActivationDataModule:
         },
         data=data | {"train_tokens": int(data["train_tokens"])},
         seed=cfg.seed,
-        num_micro_batches=cfg.trainer.max_steps * cfg.trainer.accumulate_grad_batches,
-        micro_batch_tokens=micro_batch_tokens(cfg),
+        num_batches=cfg.trainer.max_steps,
+        micro_batches=cfg.trainer.accumulate_grad_batches,
     )
 
 
@@ -170,8 +176,8 @@ def build_module(cfg: DictConfig, d_model: int) -> JSAEModule:
     )
 
 
-def build_trainer(cfg: DictConfig) -> lightning.Trainer:
-    """Build the trainer with the named callbacks and loggers of the configuration."""
+def build_trainer(cfg: DictConfig, *more_callbacks: lightning.Callback) -> lightning.Trainer:
+    """Build the trainer with the named callbacks and loggers of the configuration, and `more_callbacks` after them."""
     callbacks = [build(node, f"callbacks.{name}") for name, node in cfg.callbacks.items() if node is not None]
     loggers = [build(node, f"logger.{name}") for name, node in cfg.logger.items() if node is not None]
     accelerator = cfg.trainer.accelerator
@@ -183,7 +189,7 @@ def build_trainer(cfg: DictConfig) -> lightning.Trainer:
         cfg.trainer,
         "trainer",
         accelerator=accelerator,
-        callbacks=callbacks,
+        callbacks=[*callbacks, *more_callbacks],
         logger=loggers,
         plugins=[AtomicCheckpointIO()],
         default_root_dir=cfg.paths.output_dir,

@@ -215,6 +215,18 @@ def read_checkpoint(path: Path, *, map_location: Any = "cpu") -> dict[str, Any]:
         ) from error
 
 
+def recount_micro_batches(checkpoint: dict[str, Any], micro_batches: int) -> None:
+    """Let Lightning's count of a checkpoint's micro-batches be `global_step * micro_batches`, in place.
+
+    Lightning ends a step when its count divides by `accumulate_grad_batches`, and training when the count reaches the
+    loader's length: a run that goes on with another number of micro-batches a step needs the count that it would have.
+    """
+    for progress in ("total", "current"):
+        counts = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"][progress]
+        shift = checkpoint["global_step"] * micro_batches - counts["ready"]
+        counts.update({name: count + shift for name, count in counts.items()})
+
+
 def find_checkpoint(folder: Path) -> Path | None:
     """Return the newest checkpoint of a run, `checkpoints/last.ckpt`, or else the highest `step_*.ckpt`."""
     last = folder / "checkpoints" / "last.ckpt"

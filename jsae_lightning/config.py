@@ -16,6 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from jsae_lightning.config_schema import RootConfig
 from jsae_lightning.errors import UserError
+from jsae_lightning.processes import start_time
+from jsae_lightning.sharding import choose_num_shards
 
 PACKAGE_DIR = Path(__file__).resolve().parent
 SOURCES = ("stdlib", "text", "jsonl", "parquet", "arrow", "hub")
@@ -34,8 +36,9 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "kernels": ("auto", "reference", "cpu"),
 }
 _POSITIVE = (
-    "data.train_tokens", "data.batch_tokens", "data.buffer_batches", "data.lm_batch_sequences", "data.val_sequences",
-    "data.context_length", "data.stream_timeout_s", "sae.expansion_factor", "sae.d_sae", "sae.d_sae_output", "sae.k",
+    "data.train_tokens", "data.batch_tokens", "data.buffer_batches", "data.num_shards", "data.lm_batch_sequences",
+    "data.val_sequences", "data.context_length", "data.stream_timeout_s", "sae.expansion_factor", "sae.d_sae",
+    "sae.d_sae_output", "sae.k",
     "sae.k_output", "sae.auxk_k", "sae.dead_after_tokens", "optim.lr", "optim.grad_clip", "eval.every_n_steps",
     "eval.batch_sequences", "eval.num_sequences", "eval.jacobian_tokens", "checkpoint.every_minutes",
     "checkpoint.every_n_steps", "num_threads", "trainer.accumulate_grad_batches", "trainer.log_every_n_steps",
@@ -64,6 +67,7 @@ def register() -> None:
     """Register the schema and the resolvers with Hydra; may be called again."""
     ConfigStore.instance().store(name="root_schema", node=RootConfig)
     OmegaConf.register_new_resolver("num_steps", num_steps, replace=True)
+    OmegaConf.register_new_resolver("start_time", start_time, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("short_hash", _short_hash, replace=True)
 
 
@@ -149,15 +153,15 @@ def world_size(cfg: DictConfig) -> int:
     return cfg.trainer.get("devices", 1) * cfg.trainer.get("num_nodes", 1)
 
 
-def micro_batch_tokens(cfg: DictConfig) -> int:
-    """Return the tokens of one micro-batch on one rank: batch_tokens / (ranks x accumulate_grad_batches)."""
+def check_batch(cfg: DictConfig) -> None:
+    """Check that the batch divides into micro-batches of equal size, and into shards."""
     parts = world_size(cfg) * cfg.trainer.accumulate_grad_batches
     if cfg.data.batch_tokens % parts:
         raise UserError(
             f"data.batch_tokens: {cfg.data.batch_tokens} does not divide by {parts} "
             "(trainer.devices x trainer.num_nodes x trainer.accumulate_grad_batches): change one of them"
         )
-    return cfg.data.batch_tokens // parts
+    choose_num_shards(cfg.data.num_shards, cfg.data.batch_tokens, world_size(cfg))
 
 
 def build(node: DictConfig, key: str, **overrides: Any) -> Any:
@@ -232,7 +236,7 @@ def _check_training(cfg: DictConfig) -> None:
         raise UserError(
             "callbacks.jacobian_histograms: draws what callbacks.evaluation measures, which is missing: leave both out"
         )
-    micro_batch_tokens(cfg)
+    check_batch(cfg)
 
 
 def _target_nodes(node: Any, key: str) -> Iterator[tuple[str, DictConfig]]:

@@ -47,6 +47,7 @@ class DataConfig:
     train_tokens: int | float = MISSING  # 2e6 is welcome
     batch_tokens: int = MISSING
     buffer_batches: int = MISSING
+    num_shards: int | None = MISSING
     lm_batch_sequences: int = MISSING
     val_sequences: int = MISSING
     val_fraction: float = MISSING
@@ -113,6 +114,13 @@ class CheckpointConfig:
 
 
 @dataclass
+class SweepConfig:
+    """Sweeps (`-m`): `conf/sweep/default.yaml`."""
+
+    resume: bool = MISSING
+
+
+@dataclass
 class PathsConfig:
     """Folders: `conf/paths/default.yaml`."""
 
@@ -131,6 +139,7 @@ class RootConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
     trainer: dict[str, Any] = field(default_factory=dict)
     callbacks: dict[str, Any] = field(default_factory=dict)

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Int64
 from lightning import LightningDataModule
 from torch import Tensor
 
-from jsae_lightning.activation_buffer import ActivationLoader, BlockGeometry, sequences_per_block
+from jsae_lightning.activation_buffer import ActivationLoader, BlockGeometry, sequences_per_shard
 from jsae_lightning.config_schema import DataConfig
 from jsae_lightning.errors import UserError
 from jsae_lightning.frozen_mlp import FrozenMLP
@@ -41,6 +41,7 @@ from jsae_lightning.sequence_sources import (
     probe_stream,
     rows_to_skip,
 )
+from jsae_lightning.sharding import choose_num_shards
 from jsae_lightning.token_sources import Rows, Source, document_digest, open_source
 from jsae_lightning.token_tables import pack_table
 
@@ -82,8 +83,8 @@ class ActivationDataModule(LightningDataModule):
         model: dict[str, Any],
         data: dict[str, Any],
         seed: int,
-        num_micro_batches: int,
-        micro_batch_tokens: int,
+        num_batches: int,
+        micro_batches: int,
     ) -> None:
         """Keep the settings; nothing is read before `setup`.
 
@@ -91,15 +92,15 @@ class ActivationDataModule(LightningDataModule):
             model: arguments of `LanguageModel.load`, all but the device.
             data: every key of `DataConfig`; see `conf/data/base.yaml` for meanings, units and defaults.
             seed: of the order of the sequences and the shuffling of activations.
-            num_micro_batches: micro-batches that each rank gets in all.
-            micro_batch_tokens: tokens of a micro-batch on one rank.
+            num_batches: batches (optimizer steps) in all, of `data["batch_tokens"]` tokens over all ranks.
+            micro_batches: micro-batches that make one batch on each rank.
 
         Raises:
             UserError: a key of `data` is missing or unknown.
         """
         super().__init__()
         self._model, self._config = dict(model), make_data_config(data)
-        self._seed, self._num_micro_batches, self._micro_batch_tokens = seed, num_micro_batches, micro_batch_tokens
+        self._seed, self._num_batches, self._micro_batches = seed, num_batches, micro_batches
         self._rank, self._world_size = 0, 1
         self._sequences: _Sequences | None = None
 
@@ -149,7 +150,8 @@ class ActivationDataModule(LightningDataModule):
             d_model=self.language_model.architecture.d_model,
             device=self.language_model.device,
             geometry=self.geometry,
-            num_micro_batches=self._num_micro_batches,
+            num_batches=self._num_batches,
+            micro_batches=self._micro_batches,
             lm_batch_sequences=self._config.lm_batch_sequences,
             seed=self._seed,
             rank=self._rank,
@@ -164,20 +166,21 @@ class ActivationDataModule(LightningDataModule):
         """Two lines: the data and how often training goes through them; the buffer's memory."""
         assert self._sequences is not None, "setup() comes first"
         length, geometry = self.val_tokens.shape[1], self.geometry
-        tokens = self._num_micro_batches * self._micro_batch_tokens * self._world_size
+        tokens = self._num_batches * self._config.batch_tokens
         amount, epochs = "a stream, in its own order", ""
         if (num := self._sequences.num) is not None:
             amount = f"{num:,} sequences of {length} tokens ({num * length / 1e6:.2f} M tokens)"
             epochs = f" in {self._needed_sequences() / num:.2f} epochs"
         wanted = self._config.val_sequences
         fewer = f" ({wanted} asked for, no more are held out)" if len(self.val_tokens) < wanted else ""
-        megabytes = geometry.tokens * self.language_model.architecture.d_model * 4 / 1e6
+        megabytes = geometry.tokens // self._world_size * self.language_model.architecture.d_model * 4 / 1e6
         return (
             f"data: {self._where}: {amount}{self._sequences.note}; bos={self._encoder.packing.bos}; training takes "
             f"{tokens / 1e6:.2f} M tokens{epochs}; validation on {len(self.val_tokens)} sequences{fewer}\n"
-            f"activation buffer: {geometry.buffer_batches} batches of {geometry.micro_batch_tokens:,} tokens = "
-            f"{geometry.tokens:,} tokens of {geometry.sequences_per_block:,} sequences, {megabytes:.1f} MB on each of "
-            f"{self._world_size} rank(s)"
+            f"activation buffer: {geometry.buffer_batches} batches of {geometry.batch_tokens:,} tokens = "
+            f"{geometry.tokens:,} tokens of {geometry.sequences:,} sequences, "
+            f"shuffled in {geometry.num_shards} shards; "
+            f"{megabytes:.1f} MB on each of {self._world_size} rank(s)"
         )
 
     # Sequences
@@ -290,23 +293,23 @@ class ActivationDataModule(LightningDataModule):
     # Amounts
 
     def _block_geometry(self, probe: Tensor) -> BlockGeometry:
-        tokens = self._config.buffer_batches * self._micro_batch_tokens
-        count = sequences_per_block(tokens, self.included(probe).sum(dim=1))
-        return BlockGeometry(self._micro_batch_tokens, self._config.buffer_batches, count)
+        config = self._config
+        shards = choose_num_shards(config.num_shards, config.batch_tokens, self._world_size)
+        shard_tokens = config.buffer_batches * config.batch_tokens // shards
+        count = sequences_per_shard(shard_tokens, self.included(probe).sum(dim=1))
+        return BlockGeometry(config.batch_tokens, config.buffer_batches, shards, count)
 
     def _needed_sequences(self, probe: Tensor | None = None) -> int:
         """Sequences that all ranks read in the whole training: whole blocks."""
         geometry = self.geometry if probe is None else self._block_geometry(probe)
-        blocks = math.ceil(self._num_micro_batches / geometry.buffer_batches)
-        return blocks * geometry.sequences_per_block * self._world_size
+        return math.ceil(self._num_batches / geometry.buffer_batches) * geometry.sequences
 
     def _check_amount(self, sequences: _Sequences) -> None:
         """Refuse data that would have to be repeated and must not (a stream tells only when it ends)."""
         if self._config.repeat or sequences.num is None or sequences.num >= (needed := self._needed_sequences()):
             return
         geometry = self.geometry
-        blocks = sequences.num // (geometry.sequences_per_block * self._world_size)
-        possible = blocks * geometry.tokens * self._world_size
+        possible = sequences.num // geometry.sequences * geometry.tokens
         raise UserError(
             f"data.train_tokens: {self._config.train_tokens:,} tokens take {needed:,} sequences of "
             f"{self._context_length} tokens in whole blocks, and {self._where} has {sequences.num:,}: set "

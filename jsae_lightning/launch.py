@@ -1,11 +1,8 @@
-"""What surrounds a run on the command line: exit codes, resuming a folder, one process per sweep job."""
+"""What surrounds a run on the command line: exit codes, and resuming a folder with what it was started with."""
 
 import errno
 import json
-import logging
-import math
 import os
-import subprocess
 import sys
 import traceback
 from collections.abc import Iterator
@@ -14,14 +11,10 @@ from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra.types import RunMode
-from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from jsae_lightning.atomic_files import atomic_file
 from jsae_lightning.errors import RunError, UserError
-
-log = logging.getLogger(__name__)
 
 RECORD = "arguments.json"
 """The file in a run's folder that says what it was started with."""
@@ -58,6 +51,8 @@ def exit_codes(program: str) -> Iterator[None]:
             traceback.print_exc()
             sys.exit(1)
         _fail(program, f"{error.filename or 'a file'}: {error.strerror}: {_FILE_ERRORS[error.errno]}")
+    except KeyboardInterrupt:
+        _fail(program, "interrupted", code=130)
     except Exception as error:
         if "Config group override must be" in str(error):  # Hydra's, a plain ValueError
             _fail(program, "a config group was set to null: leave it out with ~GROUP (or experiment=none)")
@@ -87,7 +82,7 @@ def record_arguments(folder: Path) -> None:
 
     Hydra's own `.hydra/overrides.yaml` is rewritten before anything is checked, also by a mistaken start.
     """
-    record = {"flags": _config_flags(), "overrides": list(HydraConfig.get().overrides.task)}
+    record = {"flags": config_flags(), "overrides": list(HydraConfig.get().overrides.task)}
     with atomic_file(folder / RECORD) as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
@@ -114,7 +109,9 @@ def resumed_arguments(arguments: list[str]) -> list[str]:
         flags = []
     # Hydra wants all overrides in one row: the earlier ones go before the first of the new.
     first = next(i for i, argument in enumerate(arguments) if "=" in argument and not argument.startswith("-"))
-    return [*flags, *arguments[:first], *kept, *arguments[first:]]
+    # A job of a sweep goes on alone, though its experiment may say that it is a sweep.
+    alone = [] if "hydra.mode" in again else ["hydra.mode=RUN"]
+    return [*flags, *arguments[:first], *kept, *alone, *arguments[first:]]
 
 
 def _key(override: str) -> str:
@@ -122,43 +119,8 @@ def _key(override: str) -> str:
     return override.split("=", 1)[0].lstrip("+~")
 
 
-def is_sweep_job() -> bool:
-    """Whether this process is a sweep's parent, which must not train itself (a submitit task may)."""
-    return HydraConfig.get().mode == RunMode.MULTIRUN and "SUBMITIT_EXECUTOR" not in os.environ
-
-
-def run_sweep_job(cfg: DictConfig) -> float:
-    """Run one job of a sweep as its own process doing a single run, and return its objective.
-
-    Lightning's launcher restarts ranks with the parent's arguments: with `-m` in them each would replay
-    the whole sweep.
-    """
-    hydra_cfg = HydraConfig.get()
-    folder = Path(hydra_cfg.runtime.output_dir)
-    command = [sys.executable, "-m", "jsae_lightning.train", *_config_flags(), *hydra_cfg.overrides.task]
-    quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
-    command += [f"hydra.run.dir='{quoted}'", "hydra.mode=RUN"]
-    log.info("job %s: %s", hydra_cfg.job.num, " ".join(hydra_cfg.overrides.task))
-    if code := subprocess.run(command, check=False).returncode:
-        raise RuntimeError(f"job {hydra_cfg.job.num} in {folder} ended with exit code {code}")
-    return read_objective(folder / "metrics.json", cfg.objective)
-
-
-def read_objective(path: Path, name: str) -> float:
-    """Return one figure of a run's `metrics.json`; NaN where the run recorded it as null."""
-    metrics = json.loads(path.read_text(encoding="utf-8"))
-    if name not in metrics:
-        raise UserError(f"objective: '{name}' is not in {path}: choose one of {', '.join(sorted(metrics))}")
-    return math.nan if metrics[name] is None else float(metrics[name])
-
-
-def _config_flags() -> list[str]:
-    """Repeat `--config-dir` and `--config-name` for a job's own process."""
-    flags = []
-    for name in _CONFIG_FLAGS:
-        for position, argument in enumerate(sys.argv[1:], start=1):
-            if argument == name:
-                flags += [name, sys.argv[position + 1]]
-            elif argument.startswith(f"{name}="):
-                flags.append(argument)
-    return flags
+def config_flags() -> list[str]:
+    """Repeat `--config-dir` and `--config-name` for another process; the command line's, as Hydra understood it."""
+    runtime, job = HydraConfig.get().runtime, HydraConfig.get().job
+    flags = [f"--config-dir={source.path}" for source in runtime.config_sources if source.provider == "command-line"]
+    return flags + ([f"--config-name={job.config_name}"] if job.config_name not in (None, "train") else [])

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from jsae_lightning.auxk import auxk_loss
+from jsae_lightning.checkpoint import recount_micro_batches
 from jsae_lightning.distributed import all_reduce_max, all_reduce_sum
 from jsae_lightning.errors import UserError
 from jsae_lightning.frozen_mlp import FrozenMLP
@@ -91,12 +92,13 @@ class JSAEModule(lightning.LightningModule):
         checkpoint["mlp_hash"] = self.mlp.weights_hash()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another MLP: another model, revision, layer, dtype or random weights."""
+        """Refuse a checkpoint of another MLP (model, revision, layer, dtype, random weights); recount micro-batches."""
         if self.mlp is not None and (found := checkpoint.get("mlp_hash")) != (own := self.mlp.weights_hash()):
             raise UserError(
                 f"ckpt_path: was made with another MLP (hash {str(found)[:12]}, here {own[:12]}): repeat the model.* "
                 "settings of its run"
             )
+        recount_micro_batches(checkpoint, self.trainer.accumulate_grad_batches)
 
     def forward(self, mlp_in: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens d_model"]:
         """Return the input SAE's reconstruction (the whole loss is in `training_step`)."""

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from jsae_lightning.atomic_files import atomic_file
-from jsae_lightning.errors import RunError
+from jsae_lightning.errors import RunError, UserError
 
 STATUS = "status.json"
 
@@ -63,16 +63,25 @@ def locked_folder(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _try_lock(descriptor):
             raise RunError(
                 f"{folder}: another process is training in this folder: wait for it, or choose another with "
                 "hydra.run.dir=DIR"
-            ) from None
+            )
         yield
     finally:
         os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Take the lock; try for a second, because `is_locked` holds it for an instant."""
+    for _ in range(10):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.1)
+    return False
 
 
 def is_locked(folder: Path) -> bool:
@@ -90,31 +99,54 @@ def is_locked(folder: Path) -> bool:
     return False
 
 
+class AttemptRecord:
+    """The note of a running attempt in `status.json`; the first end that is given to it counts."""
+
+    def __init__(self, folder: Path) -> None:
+        """Note that an attempt begins, after those that the folder knows of."""
+        self._folder, self._began = folder, time.monotonic()
+        earlier = read_status(folder)
+        self._attempt = Attempt(_now(), socket.gethostname(), os.getpid(), os.environ.get("SLURM_JOB_ID"))
+        self._status = RunStatus("running", [*(earlier.attempts if earlier else []), self._attempt])
+        write_status(folder, self._status)
+
+    def end(self, exit_code: int, message: str | None = None) -> None:
+        """Note how the attempt ended; what ended it matters more than the note, so nothing is raised."""
+        if self._attempt.ended_at is not None:
+            return
+        self._attempt.ended_at, self._attempt.seconds = _now(), round(time.monotonic() - self._began, 3)
+        self._attempt.exit_code, self._attempt.message = exit_code, message
+        self._status.status = "finished" if exit_code == 0 else "failed"
+        with suppress(Exception):
+            write_status(self._folder, self._status)
+
+
 @contextmanager
-def recorded_attempt(folder: Path) -> Iterator[None]:
+def recorded_attempt(folder: Path) -> Iterator[AttemptRecord]:
     """Note in `status.json` that an attempt begins and, whatever happens inside, how it ends."""
-    earlier = read_status(folder)
-    attempts = earlier.attempts if earlier is not None else []
-    attempt = Attempt(_now(), socket.gethostname(), os.getpid(), os.environ.get("SLURM_JOB_ID"))
-    status = RunStatus("running", [*attempts, attempt])
-    write_status(folder, status)
-    began = time.monotonic()
-    code, message = 1, None
+    record = AttemptRecord(folder)
     try:
-        yield
-        code = 0
+        yield record
     except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        record.end(error.code if isinstance(error.code, int) else int(error.code is not None))
         raise
     except BaseException as error:
-        message = f"{type(error).__name__}: {error}"
+        record.end(2 if isinstance(error, UserError) else 1, f"{type(error).__name__}: {error}")
         raise
-    finally:
-        attempt.ended_at, attempt.seconds = _now(), round(time.monotonic() - began, 3)
-        attempt.exit_code, attempt.message = code, message
-        status.status = "finished" if code == 0 else "failed"
-        with suppress(Exception):  # what ended the run matters more than the note of it
-            write_status(folder, status)
+    record.end(0)
+
+
+def add_ended_attempt(folder: Path, *, pid: int, seconds: float, exit_code: int, message: str) -> None:
+    """Note the end of an attempt on behalf of a process `pid` that could not: it was killed, or never got so far."""
+    status = read_status(folder) or RunStatus("failed", [])
+    last = status.attempts[-1] if status.attempts else None
+    if last is None or last.pid != pid:
+        last = Attempt(_now(), socket.gethostname(), pid)
+        status.attempts.append(last)
+    if last.exit_code is None:
+        last.ended_at, last.seconds, last.exit_code, last.message = _now(), round(seconds, 3), exit_code, message
+    status.status = "failed"
+    write_status(folder, status)
 
 
 def write_status(folder: Path, status: RunStatus) -> None:
@@ -131,7 +163,7 @@ def read_status(folder: Path) -> RunStatus | None:
     try:
         content = json.loads((folder / STATUS).read_text(encoding="utf-8"))
         status = RunStatus(str(content["status"]), [Attempt(**attempt) for attempt in content["attempts"]])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     if status.status == "running" and not is_locked(folder):
         status.status = "killed"

@@ -9,6 +9,7 @@ jsae-train ckpt_path=auto hydra.run.dir=DIR                    # go on after a c
 
 import logging
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hydra
@@ -17,7 +18,10 @@ from omegaconf import DictConfig
 
 from jsae_lightning.config import check_architecture, check_config, config_dir, register
 from jsae_lightning.help import help_text
-from jsae_lightning.launch import exit_codes, is_sweep_job, record_arguments, resumed_arguments, run_sweep_job
+from jsae_lightning.launch import exit_codes, record_arguments, resumed_arguments
+from jsae_lightning.processes import agree_on_start_time, end_with_parent, is_rank_zero, is_restarted
+from jsae_lightning.run_status import AttemptRecord, locked_folder, recorded_attempt
+from jsae_lightning.sweeps import SweepReport, is_sweep_job, run_sweep_job
 
 if TYPE_CHECKING:
     from jsae_lightning.building import Experiment
@@ -31,18 +35,23 @@ def main() -> None:
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_text(config_dir()))
         return
-    with exit_codes(PROGRAM):
+    end_with_parent()
+    with SweepReport() as sweep, exit_codes(PROGRAM):
+        agree_on_start_time()
         sys.argv[1:] = resumed_arguments(sys.argv[1:])
         register()
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")(run)()
+    sys.exit(sweep.exit_code)
 
 
 def run(cfg: DictConfig) -> float:
     """Check the configuration, then train here or, as a job of a sweep, in a process of its own."""
     if is_sweep_job():
-        check_config(cfg)
         return run_sweep_job(cfg)
     warn_about_preset()
+    if is_restarted() and cfg.ckpt_path is None:
+        log.info("started again: going on from the folder's last checkpoint, as with ckpt_path=auto")
+        cfg.ckpt_path = "auto"
     with exit_codes(PROGRAM):  # here, because Hydra would add lines of its own to an error's
         check_config(cfg)
         check_architecture(cfg)
@@ -52,20 +61,31 @@ def run(cfg: DictConfig) -> float:
 def warn_about_preset() -> None:
     """Say so if another model is trained with the default preset, whose settings suit the embedded one."""
     choices = HydraConfig.get().runtime.choices
-    if choices.get("experiment") == "tiny" and choices.get("model") != "tiny":
+    preset = str(choices.get("experiment"))
+    if preset.startswith(("tiny", "sweep/")) and choices.get("model") != "tiny":
         log.warning(
-            "experiment=tiny sets tokens, k and learning rate for the embedded model, but model=%s: give "
+            "experiment=%s sets tokens, k and learning rate for the embedded model, but model=%s: give "
             "experiment=none for the general settings, or a preset of the model's own",
+            preset,
             choices.get("model"),
         )
 
 
 def train(cfg: DictConfig) -> dict[str, float]:
-    """Build, fit, export, report; return the final metrics."""
+    """Build, fit, export, report; return the final metrics. Rank 0 holds the folder's lock and notes how it goes."""
+    folder = Path(cfg.paths.output_dir)
+    if not is_rank_zero():
+        return fit(cfg, None)
+    with locked_folder(folder), recorded_attempt(folder) as attempt:
+        return fit(cfg, attempt)
+
+
+def fit(cfg: DictConfig, attempt: AttemptRecord | None) -> dict[str, float]:
+    """Train, on this rank."""
     from jsae_lightning.building import build_experiment
 
-    experiment = build_experiment(cfg)
-    if experiment.trainer.is_global_zero:
+    experiment = build_experiment(cfg, on_lost_rank=lambda message: attempt.end(1, message) if attempt else None)
+    if attempt is not None:
         record_arguments(experiment.folder)
     experiment.announce()
     experiment.fit()

@@ -59,6 +59,7 @@ def data_settings(**changes: Any) -> dict[str, Any]:
         "train_tokens": 320,
         "batch_tokens": 32,
         "buffer_batches": 4,
+        "num_shards": None,
         "lm_batch_sequences": 3,
         "val_sequences": 4,
         "val_fraction": 0.2,

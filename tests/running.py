@@ -1,9 +1,12 @@
 """Run `jsae-train` in child processes that start fast: forked from a server that has imported everything once."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,6 +76,50 @@ def _child(overrides: list[str], output: Path, fault: Callable[[], None] | None)
     if fault is not None:
         fault()
     main()
+
+
+def command(overrides: list[str], *torchrun: str) -> list[str]:
+    """What runs `jsae-train` as a real process; by torchrun, if arguments of its are given."""
+    launcher = ["-m", "torch.distributed.run", *torchrun] if torchrun else []
+    return [sys.executable, *launcher, "-m", "jsae_lightning.train", *overrides]
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """The environment for such a process: the package and the tests' own modules can be imported."""
+    tests = Path(__file__).parent
+    paths = [str(tests.parent), str(tests), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | changes
+
+
+def run(arguments: list[str], *, output: Path, **changes: str) -> int:
+    """Run a command to its end, its output added to a file; return its exit code."""
+    with output.open("ab") as file:
+        done = subprocess.run(
+            arguments,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            timeout=TIME_LIMIT,
+            env=environment(**changes),
+            check=False,
+        )
+    return done.returncode
+
+
+def processes() -> list[str]:
+    """The command lines of all processes of this machine."""
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended since
+            lines.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+    return lines
+
+
+def wait_for_no_process_in(folder: Path, seconds: float = 60) -> None:
+    """Wait until no process has the folder's name in its command line."""
+    end = time.monotonic() + seconds
+    while left := [line for line in processes() if str(folder) in line]:
+        assert time.monotonic() < end, left
+        time.sleep(0.2)
 
 
 def kill_self() -> None:

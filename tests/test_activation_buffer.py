@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from data_factories import NumberTokenizer, tagged_texts
-from jsae_lightning.activation_buffer import ActivationLoader, BlockGeometry, assign_slots, sequences_per_block
+from jsae_lightning.activation_buffer import ActivationLoader, BlockGeometry, assign_slots, sequences_per_shard
 from jsae_lightning.errors import UserError
 from jsae_lightning.packing import ArrayRows, Encoder, PackedSequences, Packing, PositionMask, make_packing
 from jsae_lightning.sequence_sources import PackedStream, ShuffledSequences
+from jsae_lightning.sharding import choose_num_shards
 from jsae_lightning.token_sources import Rows
 
 LENGTH, D_MODEL = 16, 3
@@ -46,16 +47,31 @@ def streamed(num=60):
 
 
 def loader(
-    sequences=None, *, num=22, count=5, included=None, micro_batch=MICRO_BATCH, seed=0, rank=0, world_size=1, model=None
+    sequences=None,
+    *,
+    num=22,
+    count=5,
+    included=None,
+    share=MICRO_BATCH,
+    shards=None,
+    micro_batches=1,
+    buffer_batches=BUFFER_BATCHES,
+    seed=0,
+    rank=0,
+    world_size=1,
+    model=None,
 ):
+    """A shard for each rank, unless `shards` says otherwise; `share` and `count`: its tokens of a batch, sequences."""
+    shards = shards or world_size
     return ActivationLoader(
         sequences or shuffled(),
         (model or FakeModel()).mlp_in,
         included or PositionMask(False, ()),
         d_model=D_MODEL,
         device="cpu",
-        geometry=BlockGeometry(micro_batch, BUFFER_BATCHES, count),
-        num_micro_batches=num,
+        geometry=BlockGeometry(share * shards, buffer_batches, shards, count),
+        num_batches=num,
+        micro_batches=micro_batches,
         lm_batch_sequences=2,
         seed=seed,
         rank=rank,
@@ -98,7 +114,7 @@ def test_activations_are_the_models_own():
 
 
 def test_surplus_tokens_of_a_block_are_dropped_at_random():
-    served = tokens_of(loader(num=4, micro_batch=17))  # 68 of 80 tokens
+    served = tokens_of(loader(num=4, share=17))  # 68 of 80 tokens
     assert len(served.unique()) == 68
     assert len((served // LENGTH).unique()) == 5  # not the last sequence
 
@@ -127,7 +143,7 @@ def test_one_block_is_held_at_most():
     for batch in own:
         blocks.add(own._block.data_ptr())
         tensors.append(batch)
-        assert own._block.shape == (MICRO_BATCH * BUFFER_BATCHES, D_MODEL)
+        assert own._block.numel() == MICRO_BATCH * BUFFER_BATCHES * D_MODEL
     assert len(blocks) == 1  # every block in the same memory
     assert all(batch.untyped_storage().nbytes() == batch.numel() * 4 for batch in tensors)  # no view keeps a block
 
@@ -159,7 +175,7 @@ def chi_square(counts):
     return ((counts - expected) ** 2 / expected).sum(dim=1) / ((counts.shape[1] - 1) * share)
 
 
-SHUFFLE = {"micro_batch": 160, "count": 40, "num": 40}  # blocks of 640 tokens of 40 sequences, 10 blocks
+SHUFFLE = {"share": 160, "count": 40, "num": 40}  # blocks of 640 tokens of 40 sequences, 10 blocks
 
 
 def test_no_sequence_is_over_represented_in_a_batch_beyond_chance():
@@ -199,7 +215,80 @@ def test_ranks_share_the_data_without_overlap_or_loss(world_size):
     assert len({len(part) for part in parts}) == 1
 
 
+NUM_SHARDS = {"shards": 6, "share": 4, "count": 2, "num": 11}  # 24 tokens a batch, 12 sequences a block
+
+
+@pytest.mark.parametrize("make", [shuffled, streamed], ids=["shuffled", "stream"])
+@pytest.mark.parametrize("world_size", [2, 3, 6])
+def test_every_number_of_ranks_that_divides_the_shards_sees_the_same_batches(make, world_size):
+    alone = list(loader(make(), **NUM_SHARDS))
+    parts = [list(loader(make(), rank=rank, world_size=world_size, **NUM_SHARDS)) for rank in range(world_size)]
+    for batch, *shared in zip(alone, *parts, strict=True):
+        assert all(len(part) == 24 // world_size for part in shared)
+        together = torch.cat(shared)
+        assert sorted(together.tolist()) == sorted(batch.tolist())
+        assert len(batch.unique(dim=0)) > 12
+
+
+@pytest.mark.parametrize("micro_batches", [2, 3])
+def test_micro_batches_are_parts_of_the_same_batches(micro_batches):
+    whole = torch.stack(list(loader(**NUM_SHARDS)))
+    own = loader(micro_batches=micro_batches, **NUM_SHARDS)
+    assert len(own) == 11 * micro_batches
+    assert torch.cat(list(own)).view_as(whole).equal(whole)
+
+
+def test_every_batch_takes_an_equal_share_of_every_shard():
+    own = loader(**NUM_SHARDS)
+    place = {int(s[0]) // LENGTH: i for i, s in enumerate(shuffled().read(0, 12, 0, 1))}
+    for _, batch in zip(range(BUFFER_BATCHES), own, strict=False):
+        shards = torch.tensor([place[int(token) // LENGTH] % 6 for token in batch[:, 0]])
+        assert shards.bincount(minlength=6).tolist() == [4] * 6
+
+
+@pytest.mark.parametrize(
+    ("wanted", "batch_tokens", "world_size", "expected"),
+    [(None, 4096, 1, 8), (None, 4096, 4, 8), (None, 4096, 16, 16), (None, 36, 2, 4), (None, 9, 1, 1), (None, 9, 3, 3),
+     (6, 24, 3, 6)],
+)  # fmt: skip
+def test_number_of_shards(wanted, batch_tokens, world_size, expected):
+    assert choose_num_shards(wanted, batch_tokens, world_size) == expected
+
+
+def test_impossible_numbers_of_shards_are_refused():
+    with pytest.raises(UserError, match="data.num_shards: 7 does not divide data.batch_tokens 24"):
+        choose_num_shards(7, 24, 1)
+    with pytest.raises(UserError, match="data.num_shards: 6 is not a multiple of the 4 ranks"):
+        choose_num_shards(6, 24, 4)
+
+
 # Resume
+
+
+@pytest.mark.parametrize("make", [shuffled, streamed], ids=["shuffled", "stream"])
+@pytest.mark.parametrize(("before", "after"), [((1, 1), (2, 1)), ((3, 1), (1, 2)), ((2, 2), (3, 1))])
+def test_a_resume_on_other_ranks_or_micro_batches_goes_on_with_the_next_batch(make, before, after, caplog):
+    """The number of ranks and of micro-batches may both change while the shards stay: not even a block is replayed."""
+    expected = [sorted(batch.tolist()) for batch in loader(make(), **NUM_SHARDS)]
+    world_size, micro_batches = before
+    own = loader(make(), world_size=world_size, micro_batches=micro_batches, **NUM_SHARDS)
+    for _ in zip(range(6 * micro_batches), own, strict=False):
+        pass
+    state = through_a_file(own.state_dict())
+    world_size, micro_batches = after
+    parts = []
+    for rank in range(world_size):
+        resumed = loader(make(), rank=rank, world_size=world_size, micro_batches=micro_batches, **NUM_SHARDS)
+        resumed.load_state_dict(state)
+        parts.append(torch.stack(list(resumed)).view(5, -1, D_MODEL))
+    assert "go on at sequence" not in caplog.text
+    assert [sorted(batch.tolist()) for batch in torch.cat(parts, dim=1)] == expected[6:]
+
+
+def test_the_state_in_the_middle_of_a_batch_is_that_of_its_start():
+    own = loader(micro_batches=2, **NUM_SHARDS)
+    states = [own.state_dict()["batch"] for _ in zip(range(5), own, strict=False)]
+    assert states == [0, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize("world", [(0, 1), (1, 2)], ids=["alone", "rank 1 of 2"])
@@ -212,7 +301,7 @@ def test_resume_is_bit_exact(make, served, world):
     for _ in range(served):
         next(batches)
     state = own.state_dict()
-    assert state["micro_batch"] == served
+    assert state["batch"] == served
     resumed = loader(make(), rank=rank, world_size=world_size)
     resumed.load_state_dict(through_a_file(state))
     if served < 22:
@@ -266,7 +355,7 @@ def test_iterating_again_goes_on_and_a_finished_loader_starts_over():
     rest = list(own)
     everything = list(loader())
     assert torch.stack(first + rest).equal(torch.stack(everything))
-    assert own.state_dict()["micro_batch"] == 22
+    assert own.state_dict()["batch"] == 22
     assert torch.stack(list(own)).equal(torch.stack(everything))
 
 
@@ -280,7 +369,7 @@ def test_another_number_of_ranks_goes_on_from_the_start_of_the_block(make, caplo
     with caplog.at_level(logging.WARNING):
         for part in resumed:
             part.load_state_dict(own.state_dict())
-    assert "go on at sequence 5 of the global order" in caplog.text and "world_size 1 -> 2" in caplog.text
+    assert "go on at sequence 5 of the global order" in caplog.text and "num_shards 1 -> 2" in caplog.text
     parts = [list(part) for part in resumed]
     assert [len(part) for part in parts] == [8, 8]
     expected = make().read(0, 5 + 20, 0, 1)[5:].flatten()
@@ -310,18 +399,18 @@ def test_a_state_of_another_run_is_refused(other, message):
 # Sizes
 
 
-def test_sequences_per_block():
-    assert sequences_per_block(80, torch.full((9,), 16)) == 5
-    assert sequences_per_block(81, torch.full((9,), 16)) == 6
-    assert sequences_per_block(80, torch.full((9,), 15)) == 6
+def test_sequences_per_shard():
+    assert sequences_per_shard(80, torch.full((9,), 16)) == 5
+    assert sequences_per_shard(81, torch.full((9,), 16)) == 6
+    assert sequences_per_shard(80, torch.full((9,), 15)) == 6
     with pytest.raises(UserError, match="every position of the data is excluded"):
-        sequences_per_block(80, torch.zeros(9, dtype=torch.int64))
+        sequences_per_shard(80, torch.zeros(9, dtype=torch.int64))
 
 
 def test_the_margin_makes_short_blocks_rare():
     generator = torch.Generator().manual_seed(0)
     usable = torch.randint(4, 17, (20_000,), generator=generator)
-    count = sequences_per_block(2000, usable[:256])
+    count = sequences_per_shard(2000, usable[:256])
     drawn = usable[torch.randint(len(usable), (4000, count), generator=generator)].sum(dim=1)
     assert (drawn < 2000).double().mean() < 0.01
     assert drawn.double().mean() < 1.15 * 2000
@@ -332,7 +421,7 @@ def test_a_block_with_too_few_tokens_draws_some_twice(caplog):
     own = loader(included=included)
     with caplog.at_level(logging.INFO):
         batches = list(own)
-    assert "40 of 80 tokens of the block at sequence 0 were drawn twice" in caplog.text
+    assert "40 of 80 tokens of shard 0 of the block at sequence 0 were drawn twice" in caplog.text
     assert own.redrawn_tokens == 6 * 40
     for block in range(5):
         served = tokens_of(batches[4 * block : 4 * block + 4])

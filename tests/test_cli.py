@@ -230,13 +230,3 @@ def test_help_and_configuration_errors_import_nothing_heavy():
         env=os.environ | {"PYTHONPATH": paths},
     )
     assert done.returncode == 0, done.stderr
-
-
-def test_sweep_runs_each_job_as_its_own_process(material, tmp_path):
-    """One job fails on its value; the others finish, and the exit code tells."""
-    overrides = [o for o in toy_overrides(*material, tmp_path) if not o.startswith(("hydra.run.dir", "sae.k"))]
-    arguments = ["-m", *overrides, "data.train_tokens=128", "sae.k=2,999,4", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
-    output = tmp_path / "output"
-    assert train(arguments, output=output) != 0
-    finished = sorted(path.parent.name for path in (tmp_path / "sweep").glob("*/metrics.json"))
-    assert finished == ["0", "2"], output.read_text()

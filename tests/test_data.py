@@ -52,13 +52,13 @@ def number_tokenizer(monkeypatch):
     monkeypatch.setattr(data_module, "load_tokenizer", lambda *_, **__: NumberTokenizer())
 
 
-def make(model_dir, *, seed=0, num=10, micro_batch=32, rank=0, world_size=1, **changes):
+def make(model_dir, *, seed=0, num=10, rank_tokens=32, rank=0, world_size=1, **changes):
     own = ActivationDataModule(
         model={"name_or_path": str(model_dir), "layer": 1},
-        data=data_settings(**changes),
+        data=data_settings(batch_tokens=rank_tokens * world_size, **changes),
         seed=seed,
-        num_micro_batches=num,
-        micro_batch_tokens=micro_batch,
+        num_batches=num,
+        micro_batches=1,
     )
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
     own.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, strategy=strategy)
@@ -101,7 +101,7 @@ def test_batches_are_the_models_mlp_inputs(model_dir, tmp_path):
     own = ready(model_dir, **write_text(tmp_path, [f"text {n} about the cat and the dog" for n in range(100)]), num=4)
     loader = own.train_dataloader()
     block = torch.cat(list(loader))
-    tokens = own._sequences.make_train().read(0, own.geometry.sequences_per_block, 0, 1)
+    tokens = own._sequences.make_train().read(0, own.geometry.sequences, 0, 1)
     expected = LanguageModel.load(str(model_dir), layer=1).mlp_in(tokens).flatten(0, 1)
     assert len(loader) == 4 and block.shape == expected.shape == (128, D_MODEL)
     distances = torch.cdist(block, expected, compute_mode="donot_use_mm_for_euclid_dist")
@@ -193,7 +193,7 @@ def test_excluded_positions(model_dir, tmp_path, number_tokenizer):
     mask = own.included(own.val_tokens)
     assert not mask[:, 0].any() and not mask[own.val_tokens == EOS].any()
     assert mask[:, 1:][own.val_tokens[:, 1:] != EOS].all()
-    assert own.geometry.sequences_per_block > 128 / 15  # a margin for the special tokens
+    assert own.geometry.sequences > 128 / 15  # a margin for the special tokens
 
 
 # Amounts
@@ -223,13 +223,17 @@ def test_describe(model_dir, tmp_path, number_tokenizer):
     assert f"training takes 0.01 M tokens in {400 / num:.2f} epochs" in data
     assert f"validation on {len(own.val_tokens)} sequences (10000 asked for, no more are held out)" in data
     assert buffer == (
-        "activation buffer: 4 batches of 32 tokens = 128 tokens of 8 sequences, 0.0 MB on each of 1 rank(s)"
+        "activation buffer: 4 batches of 32 tokens = 128 tokens of 8 sequences, shuffled in 8 shards; "
+        "0.0 MB on each of 1 rank(s)"
     )
 
 
 def test_the_buffer_is_stated_in_megabytes(model_dir, tmp_path):
-    own = ready(model_dir, **write_text(tmp_path, tagged_texts(100)), micro_batch=4096, buffer_batches=32)
-    assert f"131,072 tokens of 8,192 sequences, {131072 * D_MODEL * 4 / 1e6:.1f} MB" in own.describe()
+    own = ready(model_dir, **write_text(tmp_path, tagged_texts(100)), rank_tokens=4096, buffer_batches=32)
+    assert (
+        f"131,072 tokens of 8,192 sequences, shuffled in 8 shards; {131072 * D_MODEL * 4 / 1e6:.1f} MB"
+        in own.describe()
+    )
 
 
 def test_describe_a_stream(model_dir, tmp_path, number_tokenizer):
@@ -315,8 +319,8 @@ def test_keys_of_the_settings(model_dir, change, message):
             model={"name_or_path": str(model_dir), "layer": 0},
             data=settings,
             seed=0,
-            num_micro_batches=1,
-            micro_batch_tokens=1,
+            num_batches=1,
+            micro_batches=1,
         )
 
 

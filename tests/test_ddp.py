@@ -1,19 +1,35 @@
-"""Two ranks with half the batch each equal one rank with the whole batch; so does gradient accumulation."""
+"""Two ranks with half the batch each equal one rank with the whole batch; so does gradient accumulation.
+
+With default blocks: every number of ranks that divides the shards sees the same batches.
+"""
 
 import csv
+import json
 import os
+import signal
 import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from running import toy_overrides, train, write_documents
+from comparing import assert_same_run, checkpoint
+from running import (
+    command,
+    environment,
+    processes,
+    run,
+    toy_overrides,
+    train,
+    wait_for_no_process_in,
+    write_documents,
+)
 from tiny_models import make_model_dir
 
-# One batch a block: the ranks then share out exactly the sequences of one rank's batch.
-STEPS = ["data.buffer_batches=1", "data.train_tokens=3200", "checkpoint.every_n_steps=null", "eval.every_n_steps=25"]
+STEPS = ["data.train_tokens=3200", "checkpoint.every_n_steps=4", "eval.every_n_steps=25"]
+DDP = ["trainer=ddp", "trainer.accelerator=cpu"]
+FAULTS = ["+callbacks.fault._target_=faults.KillSelf"]
 
 
 @pytest.fixture(scope="module")
@@ -26,18 +42,29 @@ def one_rank(tmp_path_factory):
     return material, folder / "run"
 
 
-def _state(run: Path) -> dict:
-    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+@pytest.fixture(scope="module")
+def two_ranks(one_rank, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two_ranks")
+    recorder = ["+callbacks.buckets._target_=faults.RecordBuckets", f"+callbacks.buckets.folder={folder}"]
+    code = run(command([*overrides(one_rank[0], folder / "run"), *recorder]), output=folder / "output")
+    assert code == 0, (folder / "output").read_text()
+    return folder
 
 
-def _assert_same_training(run: Path, expected: Path) -> None:
-    ours, theirs = _state(run), _state(expected)
+def overrides(material, folder: Path) -> list[str]:
+    kept = [o for o in toy_overrides(*material, folder) if o != "trainer.accelerator=cpu"]
+    return [*kept, *STEPS, *DDP, *FAULTS]
+
+
+def assert_same_training(found: Path, expected: Path) -> None:
+    """Weights within 1e-6, equal counters, equal metrics up to rounding, after 50 steps."""
+    ours, theirs = checkpoint(found)["state_dict"], checkpoint(expected)["state_dict"]
     for name, tensor in theirs.items():
         if tensor.is_floating_point():
             assert (ours[name] - tensor).abs().max() < 1e-6, name
         else:
             assert torch.equal(ours[name], tensor), name
-    with (run / "csv" / "metrics.csv").open() as a, (expected / "csv" / "metrics.csv").open() as b:
+    with (found / "csv" / "metrics.csv").open() as a, (expected / "csv" / "metrics.csv").open() as b:
         rows, expected_rows = list(csv.DictReader(a)), list(csv.DictReader(b))
     assert len(rows) == len(expected_rows) == 50
     for row, expected_row in zip(rows, expected_rows, strict=True):
@@ -47,32 +74,92 @@ def _assert_same_training(run: Path, expected: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks_equal_one(one_rank, tmp_path):
-    material, expected = one_rank
-    run = tmp_path / "run"
-    overrides = [o for o in toy_overrides(*material, run) if o != "trainer.accelerator=cpu"]
-    command = [
-        sys.executable,
-        "-m",
-        "jsae_lightning.train",
-        *overrides,
-        *STEPS,
-        "trainer=ddp",
-        "trainer.accelerator=cpu",
-    ]
-    paths = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": paths})
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (run / "sae_pair" / "model.safetensors").is_file()
-    _assert_same_training(run, expected)
+def test_two_ranks_equal_one(one_rank, two_ranks):
+    assert (two_ranks / "run" / "sae_pair" / "model.safetensors").is_file()
+    assert_same_training(two_ranks / "run", one_rank[1])
+
+
+@pytest.mark.slow
+def test_the_language_model_is_in_no_bucket(two_ranks):
+    """DDP reduces the pair's parameters and nothing else, and broadcasts no buffer."""
+    saved = checkpoint(two_ranks / "run")["state_dict"]
+    pair = {name: tensor.nbytes for name, tensor in saved.items() if name.startswith("pair.")}
+    for rank in range(2):
+        found = json.loads((two_ranks / f"ddp_{rank}.json").read_text())
+        assert found["class"] == "DistributedDataParallel" and not found["broadcast_buffers"]
+        assert sorted(found["parameters"]) == sorted(pair)
+        assert sum(int(size) for size in found["bucket_bytes"].split(",")) == sum(pair.values())
 
 
 def test_accumulated_micro_batches_equal_one_batch(one_rank, tmp_path):
-    """Four micro-batches of a quarter each: the same block, cut into four."""
+    """Four micro-batches of a quarter each."""
     material, expected = one_rank
-    run = tmp_path / "run"
-    accumulate = [*STEPS, "data.buffer_batches=4", "trainer.accumulate_grad_batches=4"]
-    assert train([*toy_overrides(*material, run), *accumulate], output=tmp_path / "output") == 0, (
-        tmp_path / "output"
-    ).read_text()
-    _assert_same_training(run, expected)
+    accumulate = [*STEPS, "trainer.accumulate_grad_batches=4"]
+    output = tmp_path / "output"
+    assert train([*toy_overrides(*material, tmp_path / "run"), *accumulate], output=output) == 0, output.read_text()
+    assert_same_training(tmp_path / "run", expected)
+
+
+# Killed ranks
+
+
+def interrupted(material, tmp_path: Path, kill: str) -> tuple[str, Path]:
+    """Train on two ranks until `kill` happens; return what was printed, and the run's folder."""
+    found, output = tmp_path / "run", tmp_path / "output"
+    began = time.monotonic()
+    code = run(command(overrides(material, found)), output=output, JSAE_TEST_KILL=kill)
+    assert code != 0 and time.monotonic() - began < 60, output.read_text()
+    return output.read_text(), found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", ["0:13", "1:13", "all:13"], ids=["rank 0", "rank 1", "all ranks"])
+def test_killed_ranks_end_the_run_and_it_resumes_exactly(kill, one_rank, two_ranks, tmp_path):
+    said, found = interrupted(one_rank[0], tmp_path, kill)
+    wait_for_no_process_in(tmp_path)
+    if (rank := kill[0]) != "a":
+        assert f"error: rank {rank} is gone" in said and "ckpt_path=auto" in said
+    output = tmp_path / "resumed"
+    assert run(command(["ckpt_path=auto", f"hydra.run.dir={found}"]), output=output) == 0, output.read_text()
+    assert "going on from step 12" in output.read_text()
+    assert_same_run(found, two_ranks / "run")
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_ranks_and_micro_batches(one_rank, tmp_path):
+    """Two ranks are killed, one goes on, with two micro-batches a step: the very same batches, none replayed."""
+    material, expected = one_rank
+    _, found = interrupted(material, tmp_path, "1:13")
+    wait_for_no_process_in(tmp_path)
+    change = ["trainer=cpu", "trainer.accumulate_grad_batches=2"]
+    output = tmp_path / "resumed"
+    assert train(["ckpt_path=auto", f"hydra.run.dir={found}", *change], output=output) == 0, output.read_text()
+    assert_same_training(found, expected)
+
+
+@pytest.mark.slow
+def test_a_killed_start_leaves_no_rank_behind(one_rank, tmp_path):
+    """Rank 0 is killed before the ranks have met: rank 1 would wait for it for half an hour."""
+    process = subprocess.Popen(
+        command([*overrides(one_rank[0], tmp_path / "run")]),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment(),
+    )
+    while not [p for p in processes() if str(tmp_path) in p and "train_ddp_process_1" in p]:
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    wait_for_no_process_in(tmp_path)
+
+
+@pytest.mark.slow
+def test_torchrun_makes_one_folder(one_rank, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = [o for o in overrides(one_rank[0], tmp_path) if not o.startswith("hydra.run.dir")]
+    torchrun = command(own, "--standalone", "--nproc-per-node=2")
+    output = tmp_path / "output"
+    assert run(torchrun, output=output) == 0, output.read_text()
+    (found,) = (tmp_path / "logs" / "runs").iterdir()
+    assert_same_training(found, one_rank[1])

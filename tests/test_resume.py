@@ -1,14 +1,13 @@
 """A run that is killed and resumed equals one that was left alone, bit for bit."""
 
-import csv
 import functools
-import math
 import random
 from pathlib import Path
 
 import pytest
 import torch
 
+from comparing import assert_same, assert_same_run, checkpoint, rows
 from running import kill_self, toy_overrides, train, write_documents
 from tiny_models import make_model_dir
 
@@ -86,67 +85,11 @@ def uninterrupted(material, tmp_path_factory):
     return folder / "run"
 
 
-def _checkpoint(run: Path) -> dict:
-    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
-
-
-def _rows(run: Path) -> list[dict[str, str]]:
-    with (run / "csv" / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
-
-
-def _scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
-    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
-    from tensorboard.util.tensor_util import make_ndarray
-
-    found: dict[str, list[tuple[int, float]]] = {}
-    for path in sorted((run / "tensorboard").glob("events*")):
-        for event in LegacyEventFileLoader(str(path)).Load():
-            for value in event.summary.value:
-                if value.HasField("simple_value"):
-                    found.setdefault(value.tag, []).append((event.step, value.simple_value))
-                elif value.HasField("tensor") and value.tensor.dtype == 1:
-                    found.setdefault(value.tag, []).append((event.step, float(make_ndarray(value.tensor))))
-    return {tag: sorted(values) for tag, values in found.items() if not tag.startswith("time/")}
-
-
-def _assert_same(left, right, where: str) -> None:
-    """Compare nested state exactly, but for figures of time and the `datasets` library's note of a stream's position.
-
-    That one writes the same position in several ways (so many batches, so many examples since).
-    """
-    if isinstance(left, dict):
-        assert left.keys() == right.keys(), where
-        for key in left:
-            if "Throughput" not in str(key) and key != "dataset":
-                _assert_same(left[key], right[key], f"{where}.{key}")
-    elif isinstance(left, torch.Tensor):
-        assert torch.equal(left, right), where
-    elif isinstance(left, list | tuple):
-        assert len(left) == len(right), where
-        for index, pair in enumerate(zip(left, right, strict=True)):
-            _assert_same(*pair, f"{where}[{index}]")
-    else:
-        both_nan = isinstance(left, float) and isinstance(right, float) and math.isnan(left) and math.isnan(right)
-        assert left == right or both_nan, f"{where}: {left} != {right}"
-
-
-def _assert_same_run(run: Path, expected: Path) -> None:
-    _assert_same(_checkpoint(run), _checkpoint(expected), "checkpoint")
-    files = [sorted(path.name for path in (folder / "checkpoints").iterdir()) for folder in (run, expected)]
-    assert files[0] == files[1]
-    assert _rows(run) == _rows(expected)
-    scalars = _scalars(run)
-    assert scalars == _scalars(expected)
-    assert all(len({step for step, _ in values}) == len(values) for values in scalars.values()), "logged twice"
-
-
 def test_the_reference_run_logs_every_step(uninterrupted):
-    rows = _rows(uninterrupted)
-    assert [row["step"] for row in rows] == [str(step) for step in range(1, 25)]
-    assert [row["step"] for row in rows if row["val/loss"]] == ["7", "14", "21", "24"]
-    assert _checkpoint(uninterrupted)["state_dict"]["tokens_seen"] == 1536
+    found = rows(uninterrupted)
+    assert [row["step"] for row in found] == [str(step) for step in range(1, 25)]
+    assert [row["step"] for row in found if row["val/loss"]] == ["7", "14", "21", "24"]
+    assert checkpoint(uninterrupted)["state_dict"]["tokens_seen"] == 1536
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -156,7 +99,7 @@ def test_killed_and_resumed_equals_uninterrupted(moment, material, uninterrupted
     assert not (run / "metrics.json").exists()
     # The folder alone says how to go on: no override is repeated.
     assert train(["ckpt_path=auto", f"hydra.run.dir={run}"], output=output) == 0, output.read_text()
-    _assert_same_run(run, uninterrupted)
+    assert_same_run(run, uninterrupted)
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +132,7 @@ def test_killed_and_resumed_stream_equals_uninterrupted(moment, streamed, tmp_pa
     if moment == "inside_block":
         assert train(again, output=output, fault=functools.partial(_patch, *_STEP, 5)) == -9
     assert train(again, output=output) == 0, output.read_text()
-    _assert_same_run(run, expected)
+    assert_same_run(run, expected)
 
 
 def test_saving_and_evaluating_do_not_change_the_trajectory(material, uninterrupted, tmp_path):
@@ -197,15 +140,15 @@ def test_saving_and_evaluating_do_not_change_the_trajectory(material, uninterrup
     output = tmp_path / "output"
     assert train(toy_overrides(*material, tmp_path / "run") + bare, output=output) == 0, output.read_text()
     for key in ("state_dict", "optimizer_states", "lr_schedulers"):
-        _assert_same(_checkpoint(tmp_path / "run")[key], _checkpoint(uninterrupted)[key], key)
+        assert_same(checkpoint(tmp_path / "run")[key], checkpoint(uninterrupted)[key], key)
 
 
 def test_checkpoint_holds_no_language_model(uninterrupted):
     """Only the pair's parameters, its counters and Adam's two moments; loads with weights_only=True."""
-    checkpoint = _checkpoint(uninterrupted)
-    names = set(checkpoint["state_dict"])
+    saved = checkpoint(uninterrupted)
+    names = set(saved["state_dict"])
     assert all(name.startswith("pair.") or "tokens" in name for name in names), names
-    parameters = sum(t.numel() * 4 for name, t in checkpoint["state_dict"].items() if name.startswith("pair."))
+    parameters = sum(t.numel() * 4 for name, t in saved["state_dict"].items() if name.startswith("pair."))
     size = (uninterrupted / "checkpoints" / "last.ckpt").stat().st_size
     assert size < 3 * parameters + 40_000
 
@@ -223,10 +166,10 @@ def test_damaged_checkpoint_is_refused_in_one_line(material, uninterrupted, tmp_
 
 def test_a_run_that_is_there_is_not_overwritten(material, uninterrupted, tmp_path):
     output = tmp_path / "output"
-    before = _checkpoint(uninterrupted)
+    before = checkpoint(uninterrupted)
     assert train(toy_overrides(*material, uninterrupted), output=output) == 2
     assert "holds a run already" in output.read_text() and "ckpt_path=auto" in output.read_text()
-    _assert_same(_checkpoint(uninterrupted), before, "checkpoint")
+    assert_same(checkpoint(uninterrupted), before, "checkpoint")
 
 
 def test_a_mistaken_resume_leaves_the_folder_as_it_was(material, tmp_path):
@@ -240,21 +183,21 @@ def test_a_mistaken_resume_leaves_the_folder_as_it_was(material, tmp_path):
     resume = ["ckpt_path=auto", f"hydra.run.dir={run}"]
     assert train([*resume, "sae.k=999"], output=output) == 2
     assert train([*resume, "~callbacks.progress"], output=output) == 0, output.read_text()
-    assert _checkpoint(run)["hyper_parameters"]["sae"]["mse_output_coef"] == 2
-    assert _checkpoint(run)["global_step"] == 24
+    assert checkpoint(run)["hyper_parameters"]["sae"]["mse_output_coef"] == 2
+    assert checkpoint(run)["global_step"] == 24
 
 
 @pytest.mark.parametrize("change", ["model.layer=0", "model.random_weights=true"])
 def test_checkpoint_of_another_mlp_is_refused(change, material, uninterrupted, tmp_path):
     output = tmp_path / "output"
-    checkpoint = f"ckpt_path={uninterrupted / 'checkpoints' / 'last.ckpt'}"
-    assert train([*toy_overrides(*material, tmp_path / "run"), change, checkpoint], output=output) == 2
+    path = f"ckpt_path={uninterrupted / 'checkpoints' / 'last.ckpt'}"
+    assert train([*toy_overrides(*material, tmp_path / "run"), change, path], output=output) == 2
     assert "another MLP" in output.read_text().strip().splitlines()[-1]
 
 
 def test_best_checkpoint_is_the_best_evaluation(uninterrupted):
     """One `step_*.ckpt`, of the step with the lowest val/loss; nothing half-written beside it."""
-    best = min((row for row in _rows(uninterrupted) if row["val/loss"]), key=lambda row: float(row["val/loss"]))
+    best = min((row for row in rows(uninterrupted) if row["val/loss"]), key=lambda row: float(row["val/loss"]))
     names = sorted(path.name for path in (uninterrupted / "checkpoints").iterdir())
     assert names == ["last.ckpt", f"step_{int(best['step']):07d}.ckpt"]
 
@@ -262,6 +205,6 @@ def test_best_checkpoint_is_the_best_evaluation(uninterrupted):
 @pytest.mark.parametrize(("override", "key"), [("sae.k=3", "sae.k"), ("optim.lr=1", "optim.lr"), ("seed=1", "seed")])
 def test_checkpoint_of_another_recipe_is_refused(override, key, material, uninterrupted, tmp_path):
     output = tmp_path / "output"
-    checkpoint = f"ckpt_path={uninterrupted / 'checkpoints' / 'last.ckpt'}"
-    assert train([*toy_overrides(*material, tmp_path / "run"), override, checkpoint], output=output) == 2
+    path = f"ckpt_path={uninterrupted / 'checkpoints' / 'last.ckpt'}"
+    assert train([*toy_overrides(*material, tmp_path / "run"), override, path], output=output) == 2
     assert f"was made with {key}=" in output.read_text().strip().splitlines()[-1]

@@ -1,0 +1,96 @@
+"""What the processes of one run owe each other: a child ends with its parent, and all ranks name one folder.
+
+Imports torch only where `torchrun` has started this process.
+"""
+
+import os
+import sys
+import threading
+import time
+from datetime import timedelta
+
+from jsae_lightning.errors import RunError
+
+_PARENT = "JSAE_PARENT_PID"
+_STARTED_AT = "JSAE_STARTED_AT"
+_SECONDS_BETWEEN_LOOKS = 1.0
+_STORE_TIMEOUT_S = 60
+
+
+def end_with_parent() -> None:
+    """End this process when the one that started it is gone, if that was one of ours (a sweep, or rank 0).
+
+    Such a parent that is killed leaves children that would wait for it, or train on unseen in a folder that the user
+    means to resume. Processes that are started from here on will look after this one.
+    """
+    parent = int(os.environ.get(_PARENT, "0"))
+    os.environ[_PARENT] = str(os.getpid())
+    if parent == os.getppid():
+        threading.Thread(target=_watch, args=(parent,), daemon=True, name="parent-watch").start()
+    elif parent and not _is_alive(parent):  # gone before this process came so far
+        _end(parent)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _end(parent: int) -> None:
+    print(f"the process that started this one (pid {parent}) is gone: ending", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    _end(parent)
+
+
+def agree_on_start_time() -> None:
+    """Give all ranks that `torchrun` has started the same time for the name of their folder: that of rank 0.
+
+    Rank 0 publishes it in the store of torchrun's agent. Ranks that Lightning or a sweep starts inherit it, or are told
+    their folder.
+    """
+    started_at = repr(time.time())
+    if "TORCHELASTIC_RUN_ID" in os.environ and _STARTED_AT not in os.environ:
+        started_at = _shared(started_at)
+    os.environ.setdefault(_STARTED_AT, started_at)
+
+
+def start_time(pattern: str) -> str:
+    """Return when this run was started, local time in the pattern of `strftime`."""
+    return time.strftime(pattern, time.localtime(float(os.environ.get(_STARTED_AT, time.time()))))
+
+
+def is_rank_zero() -> bool:
+    """Whether this process is, or will start, the ranks' first: by what Lightning, torchrun or Slurm has set."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+
+
+def is_restarted() -> bool:
+    """Whether Slurm has started this job again, after a requeue."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+
+
+def _shared(value: str) -> str:
+    from torch.distributed import DistError, TCPStore
+
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=_STORE_TIMEOUT_S))
+        if os.environ.get("RANK") == "0":
+            store.set("jsae_lightning/started_at", value)
+            return value
+        return store.get("jsae_lightning/started_at").decode()
+    except DistError as error:
+        raise RunError(
+            f"torchrun: its store at {host}:{port} does not answer within {_STORE_TIMEOUT_S} s, so the ranks cannot "
+            "agree on a folder: use torchrun --standalone on one machine, or give hydra.run.dir=DIR"
+        ) from error

@@ -1,0 +1,266 @@
+"""Sweeps: every job is a process of its own that does a single run, and none stops or hangs the others.
+
+Lightning's launcher restarts ranks with the arguments of rank 0: with `-m` in them each rank would replay the whole
+sweep. So the process that Hydra gives a job to trains nothing; it starts
+
+    python -m jsae_lightning.train OVERRIDES hydra.run.dir=JOB_FOLDER hydra.mode=RUN        > JOB_FOLDER/console.log
+
+shows how far it is, and returns the objective, NaN for a job that failed. What failed is reported when all have ended.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from jsae_lightning.atomic_files import atomic_file
+from jsae_lightning.devices import job_environment
+from jsae_lightning.errors import UserError
+from jsae_lightning.launch import RECORD, config_flags
+from jsae_lightning.run_status import add_ended_attempt, read_status
+from jsae_lightning.sweep_progress import JobProgress, last_lines
+
+SWEEP_RECORD = "sweep.json"
+"""The file in a sweep's folder that lists the overrides of its jobs."""
+CONSOLE = "console.log"
+"""The file in a job's folder that holds what its process printed."""
+_SWEEP_FOLDER = "JSAE_SWEEP_FOLDER"  # in the environment, as jobs may run in other processes of a launcher's
+_NOT_OF_THE_RUN = ("hydra.", "ckpt_path", "sweep.")
+
+
+class SweepFolder(Callback):
+    """Hydra callback: notes which jobs a sweep has, in `sweep.json` of its folder."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Write the record; sweepers other than Hydra's basic one choose their jobs on the way, so it has none."""
+        folder = Path(config.hydra.sweep.dir).absolute()
+        os.environ[_SWEEP_FOLDER] = str(folder)
+        jobs = list_jobs(config) if "BasicSweeper" in config.hydra.sweeper._target_ else []
+        with atomic_file(folder / SWEEP_RECORD) as temporary:
+            temporary.write_text(json.dumps({"jobs": jobs}, indent=1) + "\n", encoding="utf-8")
+
+
+def list_jobs(config: DictConfig) -> list[list[str]]:
+    """Return the overrides of every job that Hydra's basic sweeper will run, in its order."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    params = OmegaConf.to_container(config.hydra.sweeper.get("params") or OmegaConf.create({}))
+    assert isinstance(params, dict)
+    arguments = [f"{key!s}={value}" for key, value in params.items()] + list(config.hydra.overrides.task)
+    parsed: list[Override] = OverridesParser.create().parse_overrides(arguments)
+    return [job for batch in BasicSweeper.split_arguments(parsed, None) for job in batch]
+
+
+def varying(jobs: list[list[str]]) -> list[list[str]]:
+    """Return of each job's overrides those that are not the same in all jobs."""
+    common = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
+    return [[override for override in job if override not in common] for job in jobs]
+
+
+@dataclass(frozen=True)
+class SweepJob:
+    """One job, as Hydra composed it: its number, the number of jobs (0: not known), folder and overrides."""
+
+    num: int
+    num_jobs: int
+    folder: Path
+    overrides: list[str]
+    varying: list[str]
+
+    @classmethod
+    def from_hydra(cls) -> "SweepJob":
+        """Read Hydra's configuration of the job."""
+        hydra = HydraConfig.get()
+        overrides = list(hydra.overrides.task)
+        jobs = _recorded_jobs(Path(os.environ[_SWEEP_FOLDER])) if _SWEEP_FOLDER in os.environ else []
+        num = int(hydra.job.num)
+        own = varying(jobs)[num] if num < len(jobs) else overrides
+        return cls(num, len(jobs), Path(hydra.runtime.output_dir), overrides, own)
+
+    @property
+    def label(self) -> str:
+        """`job 3/12 (sae.k=32)`, counted from 0 as the folders are."""
+        return f"job {self.num}{f' of {self.num_jobs}' if self.num_jobs else ''} ({' '.join(self.varying)})"
+
+    def command(self, *, resume: bool) -> list[str]:
+        """Return what runs the job."""
+        quoted = str(self.folder).replace("\\", "\\\\").replace("'", "\\'")
+        command = [sys.executable, "-m", "jsae_lightning.train", *config_flags(), *self.overrides]
+        return command + ["ckpt_path=auto"] * resume + [f"hydra.run.dir='{quoted}'", "hydra.mode=RUN"]
+
+
+def is_sweep_job() -> bool:
+    """Whether Hydra gave this process a job of a sweep, which it must not train itself (a submitit task may)."""
+    return HydraConfig.get().mode == RunMode.MULTIRUN and "SUBMITIT_EXECUTOR" not in os.environ
+
+
+def run_sweep_job(cfg: DictConfig) -> float:
+    """Run one job of a sweep and return its objective, NaN if it failed; with `sweep.resume` skip or resume it."""
+    job = SweepJob.from_hydra()
+    progress = JobProgress(job.label, job.folder / CONSOLE)
+    try:
+        if found := _earlier_run(job, resume=cfg.sweep.resume):
+            if found == "finished":
+                objective = read_objective(job.folder / "metrics.json", cfg.objective)
+                progress.say(f"finished earlier, {cfg.objective} {objective:.6g}")
+                return objective
+            progress.say("goes on from its last checkpoint")
+        code = _run(job, cfg, progress, resume=bool(found))
+        if code:
+            return math.nan
+        objective = read_objective(job.folder / "metrics.json", cfg.objective)
+        progress.say(f"finished in {progress.elapsed}, {cfg.objective} {objective:.6g}")
+        return objective
+    except UserError as error:
+        add_ended_attempt(job.folder, pid=os.getpid(), seconds=0, exit_code=2, message=str(error))
+        progress.say(f"failed: {error}")
+        return math.nan
+
+
+def _run(job: SweepJob, cfg: DictConfig, progress: JobProgress, *, resume: bool) -> int:
+    """Run the job's process to its end and return its exit code; note one that it could not note itself."""
+    with job_environment(cfg) as environment, (job.folder / CONSOLE).open("ab") as console:
+        progress.say("starts")
+        began = time.monotonic()
+        process = subprocess.Popen(
+            job.command(resume=resume), stdout=console, stderr=subprocess.STDOUT, env=os.environ | environment
+        )
+        try:
+            code = progress.follow(process)
+        except BaseException:  # Ctrl-C, which the job gets too
+            _stop(process)
+            raise
+    if code:
+        reason = exit_reason(code, job.folder / CONSOLE)
+        progress.say(f"failed after {progress.elapsed}: {reason}")
+        seconds = time.monotonic() - began
+        add_ended_attempt(job.folder, pid=process.pid, seconds=seconds, exit_code=code, message=reason)
+    return code
+
+
+def _stop(process: subprocess.Popen) -> None:
+    try:
+        process.wait(30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def exit_reason(code: int, console: Path) -> str:
+    """Say in words how a process ended: the signal, or the last line that it printed."""
+    if code < 0:
+        hint = ": killed, perhaps for want of memory" if code == -9 else ""
+        return f"ended by signal {-code}{hint}"
+    lines = last_lines(console, 1)
+    said = lines[0].removeprefix("jsae-train: error: ") if lines else "it printed nothing"
+    return f"exit code {code}: {said}"
+
+
+def _earlier_run(job: SweepJob, *, resume: bool) -> str:
+    """Say what the job's folder holds: "" (nothing yet), "finished", or "unfinished".
+
+    Raises:
+        UserError: it holds a run and `sweep.resume` is false, or a run with other overrides.
+    """
+    record = job.folder / RECORD
+    if not record.is_file():
+        return ""
+    if not resume:
+        raise UserError(
+            f"hydra.sweep.dir: {job.folder} holds a run already: go on with the sweep by sweep.resume=true, "
+            "or choose another folder"
+        )
+    try:
+        earlier = json.loads(record.read_text(encoding="utf-8"))["overrides"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{record}: is damaged ({error}): remove the folder to train the job again") from error
+    if (was := _of_the_run(earlier)) != (wanted := _of_the_run(job.overrides)):
+        changed = sorted(set(was) ^ set(wanted))
+        raise UserError(
+            f"sweep.resume: {job.folder} holds a run with other overrides (differing in {', '.join(changed)}): repeat "
+            "the sweep as it was, or choose another hydra.sweep.dir"
+        )
+    try:
+        metrics = json.loads((job.folder / "metrics.json").read_text(encoding="utf-8"))
+        return "finished" if metrics.get("run/status") == "finished" else "unfinished"
+    except (OSError, ValueError):
+        return "unfinished"
+
+
+def _of_the_run(overrides: list[str]) -> list[str]:
+    return [override for override in overrides if not override.lstrip("+~").startswith(_NOT_OF_THE_RUN)]
+
+
+def read_objective(path: Path, name: str) -> float:
+    """Return one figure of a run's `metrics.json`; NaN where the run recorded it as null."""
+    metrics = json.loads(path.read_text(encoding="utf-8"))
+    if name not in metrics:
+        raise UserError(f"objective: '{name}' is not in {path}: choose one of {', '.join(sorted(metrics))}")
+    return math.nan if metrics[name] is None else float(metrics[name])
+
+
+def _recorded_jobs(folder: Path) -> list[list[str]]:
+    try:
+        return json.loads((folder / SWEEP_RECORD).read_text(encoding="utf-8"))["jobs"]
+    except (OSError, ValueError, KeyError):
+        return []
+
+
+@dataclass
+class SweepReport:
+    """Around a sweep: prints how its jobs ended, and gives the exit code. Nothing of it shows for a single run."""
+
+    exit_code: int = 0
+
+    def __enter__(self) -> "SweepReport":
+        os.environ.pop(_SWEEP_FOLDER, None)  # of a sweep that started this process
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        folder = os.environ.pop(_SWEEP_FOLDER, None)
+        if folder is not None:
+            text, self.exit_code = report(Path(folder))
+            print(text, flush=True)
+
+
+def report(folder: Path) -> tuple[str, int]:
+    """Return the report on the sweep in `folder` and its exit code: 0 if all jobs that have started have finished.
+
+    Otherwise 1, or 2 if each job that failed did so by a mistake in the input.
+    """
+    statuses = {path.parent: read_status(path.parent) for path in sorted(folder.rglob("status.json"), key=_natural)}
+    known = {job: status for job, status in statuses.items() if status is not None}
+    counts = {state: sum(s.status == state for s in known.values()) for state in ("finished", "failed", "killed")}
+    counts["not started"] = max(0, len(_recorded_jobs(folder)) - len(known))
+    lines = [f"sweep {folder}: " + ", ".join(f"{n} {state}" for state, n in counts.items() if n or state == "finished")]
+    codes = []
+    for job, status in known.items():
+        if status.status == "finished":
+            continue
+        last = status.attempts[-1]
+        codes.append(last.exit_code)
+        seconds = timedelta(seconds=round(status.seconds or 0))
+        lines.append(f"  {job.relative_to(folder)}: {status.status} after {seconds}: {last.message or 'no message'}")
+        if last.exit_code != 2:  # then the message is the one line that there is
+            lines += [f"    | {line}" for line in last_lines(job / CONSOLE, 5)]
+    if codes or counts["not started"]:
+        lines.append(f"go on: the same command with sweep.resume=true hydra.sweep.dir={folder}")
+    lines.append(f"table: jsae-collect {folder}")
+    return "\n".join(lines), 0 if not codes else (2 if set(codes) == {2} else 1)
+
+
+def _natural(path: Path) -> tuple[int, str]:
+    return (int(path.parent.name), "") if path.parent.name.isdecimal() else (sys.maxsize, str(path))
