@@ -16,14 +16,20 @@ def is_network_error(error: BaseException, shard: str) -> bool:
 
     A local file is read again only where it did not answer (a network disk).
     """
-    if (status := _status(error)) is not None:
-        return status >= 500 or status in _PASSING_STATUS
+    if _status(error) is not None:
+        return is_passing_status(error)
     chain = list(_chain(error))
     if any(isinstance(e, ConnectionError | TimeoutError) for e in chain):
         return True
     if any(isinstance(e, FileNotFoundError | PermissionError) for e in chain) or _is_local(shard):
         return False
     return any(_is_transport(e) or _is_short_read(e) for e in chain)
+
+
+def is_passing_status(error: BaseException) -> bool:
+    """Say whether a server answered that it is out of order, or asked too much, for now."""
+    status = _status(error)
+    return status is not None and (status >= 500 or status in _PASSING_STATUS)
 
 
 def is_refusal(error: BaseException, shard: str) -> bool:
@@ -33,10 +39,12 @@ def is_refusal(error: BaseException, shard: str) -> bool:
 
 
 def describe(error: BaseException, timeout_s: float) -> str:
-    """What happened, in a few words: `HTTP 503`, `no answer for 120 s`, or the broken connection's own words."""
+    """What happened, in a few words: `HTTP 503`, `no answer for 300 s`, or the broken connection's own words."""
     if (status := _status(error)) is not None:
         return f"HTTP {status}"
     chain = list(_chain(error))
+    if type(error) is TimeoutError:  # the whole read took too long, or a local file's disk did not answer
+        return str(error)
     if any(isinstance(e, TimeoutError) or "Timeout" in type(e).__name__ for e in chain):
         return f"no answer for {timeout_s:g} s"
     if any(isinstance(e, FileNotFoundError) for e in chain):
@@ -46,21 +54,18 @@ def describe(error: BaseException, timeout_s: float) -> str:
 
 
 def shard_name(dataset: Any) -> str:
-    """The file or URL of the shard at which a `datasets.IterableDataset` stands; empty where it does not tell."""
+    """The file or URL of the shard at which a `datasets.IterableDataset` stands; empty where it does not tell.
+
+    The innermost iterable's own state is asked: the dataset's copies of it are out of date after a position was loaded.
+    """
     iterable = getattr(dataset, "_ex_iterable", None)
     while (inner := getattr(iterable, "ex_iterable", None)) is not None:
         iterable = inner
-    index = _find(dataset.state_dict() if hasattr(dataset, "state_dict") else None, "shard_idx") or 0
+    index = (getattr(iterable, "_state_dict", None) or {}).get("shard_idx", 0)
     for values in getattr(iterable, "kwargs", {}).values():
         if isinstance(values, list) and index < len(values) and isinstance(values[index], str):
             return str(values[index])
     return ""
-
-
-def _find(state: Any, key: str) -> Any:
-    if not isinstance(state, dict):
-        return None
-    return state[key] if key in state else next((v for v in (_find(s, key) for s in state.values()) if v), None)
 
 
 def _is_local(shard: str) -> bool:

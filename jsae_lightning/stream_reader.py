@@ -1,39 +1,19 @@
 """Reads a stream whose server drops connections, answers 5xx or stalls: from the last good position, again and again.
 
 The position lives in the dataset object, so a read that fails costs a copy of the dataset: a new one is made, told the
-position before the rows that failed, and read after 1, 2, 4, ... seconds. Rows are neither lost nor repeated. Importing
-this module loads neither torch nor `datasets`.
+position before the rows that failed, and read. Rows are neither lost nor repeated. Importing this module loads neither
+torch nor `datasets`.
 """
 
 import copy
-import inspect
-import logging
-import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
 
 from jsae_lightning.errors import RunError
-from jsae_lightning.model_files import within
-from jsae_lightning.stream_errors import describe, is_network_error, is_refusal, shard_name
-
-log = logging.getLogger(__name__)
-
-MAX_WAIT_S = 120.0
-"""Seconds between two tries, at most."""
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long a stream is tried: tries after the first, seconds a read may take, and what waits between two tries."""
-
-    retries: int = 0
-    timeout_s: float = threading.TIMEOUT_MAX
-    wait: Callable[[float], None] = time.sleep
+from jsae_lightning.persistence import Patience, farewell, persist
+from jsae_lightning.stream_errors import describe, is_refusal, shard_name
 
 
 class StreamReader:
@@ -62,73 +42,27 @@ class StreamReader:
             RunError: the server stays broken for all tries, or refuses the shard (404, 403).
         """
         state = self.state_dict() if self._patience.retries else None
-        began = time.monotonic()
-        for tries in range(1, self._patience.retries + 2):
-            try:
-                with tried_once(self._patience.timeout_s):
-                    rows = within(self._patience.timeout_s, partial(_take, self._rows, count))
-            except Exception as error:
-                shard = shard_name(self._dataset)
-                what = describe(error, self._patience.timeout_s)
-                if not is_network_error(error, shard):
-                    if is_refusal(error, shard):
-                        raise RunError(self._farewell(shard, what, "which is no passing failure")) from error
-                    raise
-                if tries > self._patience.retries:
-                    note = f"after {tries} tries in {time.monotonic() - began:.0f} s"
-                    raise RunError(self._farewell(shard, what, note)) from error
-                self._wait(tries, shard, what)
+
+        def attempt(tries: int) -> Callable[[], list[Any]]:
+            if tries > 1:
                 self._open(state)
-            else:
-                self._has_moved = self._has_moved or bool(rows)
-                return rows
-        raise AssertionError("the last try returns or raises")
+            return partial(_take, self._rows, count)
 
-    def _wait(self, tries: int, shard: str, what: str) -> None:
-        seconds = min(2.0 ** (tries - 1), MAX_WAIT_S)
-        left = self._patience.retries - tries
-        log.warning(f"{shard or self._where}: {what}: trying again in {seconds:.0f} s ({left} more tries after that)")
-        self._patience.wait(seconds)
+        try:
+            rows: list[Any] = persist(attempt, self._patience, self._where, self._shard)
+        except RunError:
+            raise
+        except Exception as error:
+            if not is_refusal(error, self._shard()):
+                raise
+            what = describe(error, self._patience.timeout_s)
+            raise RunError(farewell(self._where, self._shard(), what, "which is no passing failure")) from error
+        self._has_moved = self._has_moved or bool(rows)
+        return rows
 
-    def _farewell(self, shard: str, what: str, note: str) -> str:
-        return (
-            f"{self._where}: {shard or 'a shard'} cannot be read: {what}, {note} (data.stream_retries, "
-            "data.stream_timeout_s): the last checkpoint is kept; once the server answers, go on with "
-            "jsae-train ckpt_path=auto hydra.run.dir=DIR"
-        )
+    def _shard(self) -> str:
+        return shard_name(self._dataset)
 
 
 def _take(rows: Iterator[Any], count: int) -> list[Any]:
     return list(islice(rows, count))
-
-
-@contextmanager
-def tried_once(timeout_s: float) -> Iterator[None]:
-    """Let `datasets` and `huggingface_hub` try each request once, for `timeout_s`, and restore what they do otherwise.
-
-    By themselves they try a read 20 times 5 s apart, and each of these 6 times: half an hour that nobody hears of.
-    """
-    import datasets
-    import huggingface_hub.utils
-    from huggingface_hub import constants
-
-    changes: list[tuple[Any, str, Any]] = [(constants, "HF_HUB_DOWNLOAD_TIMEOUT", min(timeout_s, 1e6))]
-    for action in ("READ", "OPEN"):
-        changes.append((datasets.config, f"STREAMING_{action}_MAX_RETRIES", 1))
-        changes.append((datasets.config, f"STREAMING_{action}_RETRY_INTERVAL", 0))
-    for reason in ("SERVER_UNAVAILABLE", "RATE_LIMIT"):
-        changes.append((datasets.config, f"STREAMING_READ_{reason}_RETRY_INTERVAL", 0))
-    for name in ("http_backoff", "http_stream_backoff"):
-        function = inspect.unwrap(getattr(huggingface_hub.utils, name, tried_once))
-        if "max_retries" in (function.__kwdefaults__ or {}):
-            # The default of an argument that no caller gives: there is no setting for it.
-            changes.append((function, "__kwdefaults__", {**function.__kwdefaults__, "max_retries": 0}))
-    before = [(holder, name, getattr(holder, name)) for holder, name, _ in changes if hasattr(holder, name)]
-    for holder, name, value in changes:
-        if hasattr(holder, name):
-            setattr(holder, name, value)
-    try:
-        yield
-    finally:
-        for holder, name, value in before:
-            setattr(holder, name, value)

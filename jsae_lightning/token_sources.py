@@ -9,15 +9,19 @@ import contextlib
 import dataclasses
 import glob
 import hashlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from jsae_lightning.config_schema import DataConfig
 from jsae_lightning.errors import RunError, UserError
 from jsae_lightning.model_files import first_line, within
-from jsae_lightning.stream_reader import Patience, StreamReader
+from jsae_lightning.persistence import Patience, persist
+from jsae_lightning.stream_errors import is_passing_status
+from jsae_lightning.stream_reader import StreamReader
 from jsae_lightning.tiny_lm import corpus
 
 TEXT_COLUMNS = ("text", "content")
@@ -201,12 +205,11 @@ def _open_rows(config: DataConfig, split: str) -> Rows:
     where = f"dataset '{config.name}'" if config.source == "hub" else f"'{config.path}'"
     where += f", split '{split}'"
     files = [] if config.source == "hub" else find_files(config.path or "", config.source)
-    if config.source == "hub" and not Path(config.name or "").is_dir():
-        _check_hub(config.name or "", config.revision)
     patience = Patience(config.stream_retries, config.stream_timeout_s) if config.streaming else Patience()
     with quiet_datasets():
         try:
-            data = _load_split(config, split, files)
+            load = partial(_load_split, config, split, files)
+            data = persist(lambda _: load, patience, where, lambda: _url(config)) if config.streaming else load()
             head = StreamReader(data, patience, where).read(NUM_HEAD_ROWS)
         except (UserError, RunError):
             raise
@@ -223,6 +226,12 @@ def _open_rows(config: DataConfig, split: str) -> Rows:
     return dataclasses.replace(rows, head=tuple(map(rows.value, head)))
 
 
+def _url(config: DataConfig) -> str:
+    """What messages call data of which no file is known yet: a local path, or the data set's address on the hub."""
+    name = config.name if config.source == "hub" else config.path
+    return name or "" if config.source != "hub" or Path(name or "").is_dir() else f"hf://datasets/{name}"
+
+
 def _load_split(config: DataConfig, split: str, files: list[Path]) -> Any:
     import datasets
 
@@ -233,6 +242,8 @@ def _load_split(config: DataConfig, split: str, files: list[Path]) -> Any:
         )
     name = config.name or ""
     folder = Path(name)
+    if not folder.is_dir():
+        _check_hub(name, config.revision, is_streaming=config.streaming)
     if any((folder / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
         saved = datasets.load_from_disk(name)
         if isinstance(saved, datasets.Dataset):
@@ -287,8 +298,11 @@ def _is_token_list(value: Any) -> bool:
     return not isinstance(value, str | dict) and hasattr(value, "__len__") and all(isinstance(v, int) for v in value)
 
 
-def _check_hub(name: str, revision: str | None) -> None:
-    """Ask the hub once whether the dataset is there; `datasets` alone would retry for much longer."""
+def _check_hub(name: str, revision: str | None, *, is_streaming: bool) -> None:
+    """Ask the hub once whether the dataset is there; `datasets` alone would retry for much longer.
+
+    Raises UserError; for a stream, the hub's own error if it answers that it is out of order for now.
+    """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -304,6 +318,8 @@ def _check_hub(name: str, revision: str | None) -> None:
     except RevisionNotFoundError as error:
         raise UserError(f"data.revision: dataset '{name}' has no revision '{revision}': correct it") from error
     except Exception as error:
+        if is_streaming and is_passing_status(error):
+            raise
         raise UserError(
             f"data.name: no folder '{name}' here, and the hub cannot be reached ({type(error).__name__}): check the "
             "network, or set HF_HUB_OFFLINE=1 if the dataset was downloaded before, or use data.source=stdlib"
@@ -312,16 +328,22 @@ def _check_hub(name: str, revision: str | None) -> None:
 
 @contextlib.contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """Silence the progress bars and warnings of `datasets` for a while, and restore them."""
+    """Silence for a while the progress bars and warnings of `datasets` and the line of httpx for each request."""
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from datasets.utils import logging as datasets_logging
 
     verbosity, had_bars = datasets_logging.get_verbosity(), not are_progress_bars_disabled()
     datasets_logging.set_verbosity_error()
     disable_progress_bars()
+    loggers = [logging.getLogger(name) for name in ("httpx", "httpx2")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
     try:
         yield
     finally:
         datasets_logging.set_verbosity(verbosity)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         if had_bars:
             enable_progress_bars()
