@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 MAX_WAIT_S = 120.0
 """Seconds between two tries, at most."""
+LEAVE_S = 15.0
+"""Seconds that the process waits at its end for reads that were given up; `datasets` sleeps for 5 in a broken one."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ def persist(
             name = shard()
             if not is_network_error(error, name):
                 raise
+            if type(error) is TimeoutError:
+                _close_connections()
             what = describe(error, patience.timeout_s)
             if tries > patience.retries:
                 _GAVE_UP.set()
@@ -70,6 +74,14 @@ def persist(
                 raise RunError(farewell(where, name, what, note)) from error
             _wait(patience, tries, f"{name or where}: {what}")
     raise AssertionError("the last try returns or raises")
+
+
+def _close_connections() -> None:
+    """End the reads that were given up though something trickles in still: they fail at the next byte."""
+    import huggingface_hub
+
+    # Versions before 1.0 have no such function, and a connection for each thread.
+    getattr(huggingface_hub, "close_session", lambda: None)()
 
 
 def _wait(patience: Patience, tries: int, what: str) -> None:
@@ -124,11 +136,14 @@ _GAVE_UP = threading.Event()
 
 @atexit.register
 def _leave_stuck_reads() -> None:
-    """End the process with 1 if a read that was given up hangs still.
+    """Let reads that were given up end, or end the process with 1 at once if the whole stream was given up.
 
-    Arrow reads on threads of its own, for which the interpreter's end would wait, or at which it would abort.
+    Arrow reads on threads of its own: the interpreter aborts if one of them comes back while it ends.
     """
-    if _GAVE_UP.is_set() and is_waiting():
+    latest = time.monotonic() + LEAVE_S
+    while is_waiting() and not _GAVE_UP.is_set() and time.monotonic() < latest:
+        time.sleep(0.1)
+    if is_waiting() and _GAVE_UP.is_set():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)

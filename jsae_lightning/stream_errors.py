@@ -49,7 +49,8 @@ def describe(error: BaseException, timeout_s: float) -> str:
         return f"no answer for {timeout_s:g} s"
     if any(isinstance(e, FileNotFoundError) for e in chain):
         return "no such file"
-    cause = next((e for e in chain if _is_transport(e) and e.__cause__ is None), chain[0])
+    # The innermost says most: `datasets` calls everything "Server Disconnected".
+    cause = next((e for e in reversed(chain) if _is_transport(e) or _is_short_read(e)), chain[0])
     return f"{'short read' if _is_short_read(cause) else 'connection broken'} ({first_line(cause)})"
 
 

@@ -328,17 +328,17 @@ def _check_hub(name: str, revision: str | None, *, is_streaming: bool) -> None:
 
 @contextlib.contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """Silence for a while the progress bars and warnings of `datasets` and the line of httpx for each request."""
+    """Silence for a while the progress bars and warnings of `datasets` and its libraries' lines about each request."""
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from datasets.utils import logging as datasets_logging
 
     verbosity, had_bars = datasets_logging.get_verbosity(), not are_progress_bars_disabled()
     datasets_logging.set_verbosity_error()
     disable_progress_bars()
-    loggers = [logging.getLogger(name) for name in ("httpx", "httpx2")]
+    loggers = [logging.getLogger(name) for name in ("httpx", "httpx2", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.setLevel(logging.WARNING)
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:

@@ -20,12 +20,12 @@ NAME = "team/stream"
 class Fault:
     """What happens to downloads of a file: to `left` of them (None: all) after the first `skip`."""
 
-    kind: Literal["drop", "503", "stall"]
+    kind: Literal["drop", "503", "stall", "trickle"]
     file: str
     left: int | None = None
     skip: int = 0
     after: int = 0
-    """Bytes of the body that are sent before the connection is dropped or nothing more comes."""
+    """Bytes of the body that are sent before the connection is dropped, or nothing more comes, or one a moment."""
 
 
 class StreamServer(http.server.ThreadingHTTPServer):
@@ -130,9 +130,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             if self.command != "HEAD":
                 self.wfile.write(content if fault is None else content[: fault.after])
         if fault is not None:
-            if fault.kind == "stall":
-                self.server.is_closing.wait()
             self.close_connection = True
+            for byte in content[fault.after :] if fault.kind in ("stall", "trickle") else b"":
+                if self.server.is_closing.wait(0.2):
+                    return
+                if fault.kind == "trickle":
+                    with contextlib.suppress(ConnectionError):
+                        self.wfile.write(bytes([byte]))
 
 
 @contextmanager

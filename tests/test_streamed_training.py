@@ -64,11 +64,16 @@ def undisturbed(material, tmp_path_factory):
 
 
 def fault(kind: str, left: int | None = None) -> Fault:
-    """Breaks the second download of the shard, in its middle unless it is refused with 503, and those after it."""
+    """Breaks the second download of the shard, in its middle unless the answer is 503, and those after it."""
     return Fault(kind, BROKEN, left, skip=1, after=50_000)
 
 
-REASONS = {"drop": "connection broken", "503": "HTTP 503", "stall": f"no answer for {TIMEOUT_S:g} s"}
+REASONS = {
+    "drop": "peer closed connection",
+    "503": "HTTP 503",
+    "stall": f"no answer for {TIMEOUT_S:g} s",
+    "trickle": f"no answer within {2 * TIMEOUT_S:g} s",
+}
 
 
 @pytest.mark.parametrize("kind", REASONS)
