@@ -108,3 +108,14 @@ def test_a_stream_that_stays_broken_ends_in_one_line_and_goes_on_later(kind, mat
         server.fault = None
         assert train(server, ["ckpt_path=auto", f"hydra.run.dir={folder}"], output) == 0, output.read_text()
     assert_same_run(folder, expected)
+
+
+def test_a_stream_that_cannot_be_opened_ends_in_one_line(material, tmp_path):
+    model, shards = material
+    output = tmp_path / "output"
+    with stream_server(shards) as server:
+        server.fault = Fault("503", "train-0.parquet")
+        assert train(server, [*overrides(model, tmp_path / "run"), "data.stream_retries=1"], output) == 1
+    text = output.read_text()
+    (line,) = [line for line in text.splitlines() if line.startswith("jsae-train: error:")]
+    assert f"hf://datasets/{NAME} cannot be read: HTTP 503, after 2 tries" in line and "Traceback" not in text
