@@ -38,7 +38,8 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 }
 _POSITIVE = (
     "data.train_tokens", "data.batch_tokens", "data.buffer_batches", "data.num_shards", "data.lm_batch_sequences",
-    "data.val_sequences", "data.context_length", "sae.expansion_factor", "sae.d_sae", "sae.d_sae_output", "sae.k",
+    "data.val_sequences", "data.context_length", "data.stream_timeout_s", "sae.expansion_factor", "sae.d_sae",
+    "sae.d_sae_output", "sae.k",
     "sae.k_output", "sae.auxk_k", "sae.dead_after_tokens", "optim.lr", "optim.grad_clip", "eval.every_n_steps",
     "eval.batch_sequences", "eval.num_sequences", "eval.jacobian_tokens", "checkpoint.every_minutes",
     "checkpoint.every_n_steps", "num_threads", "trainer.accumulate_grad_batches", "trainer.log_every_n_steps",
@@ -49,7 +50,7 @@ _DATA_KEYS_OF_OTHERS = {  # what each kind of source does not read
     "hub": ("path",),
 }
 _SHARES = ("jacobian.warmup_fraction", "optim.warmup_fraction", "optim.decay_fraction", "data.val_fraction")
-_NOT_NEGATIVE = ("model.layer", "sae.mse_output_coef", "sae.auxk_coef")
+_NOT_NEGATIVE = ("model.layer", "data.stream_retries", "sae.mse_output_coef", "sae.auxk_coef")
 
 
 def config_dir() -> Path:

@@ -37,6 +37,8 @@ class DataConfig:
     train_split: str = MISSING
     val_split: str | None = MISSING
     streaming: bool = MISSING
+    stream_retries: int = MISSING
+    stream_timeout_s: float = MISSING
     text_column: str | None = MISSING
     token_column: str | None = MISSING
     document_separator: str | None = MISSING

@@ -22,6 +22,7 @@ PROBE_TIMEOUT = 8.0
 PROBE_LIMIT = 20.0
 """Seconds that the probe may take in all, name resolution included (which no HTTP timeout covers)."""
 
+_WAITING = "waiting for an answer"
 _SAFETENSORS, _PICKLED = "model.safetensors", "pytorch_model.bin"
 _TOKENIZER_MAIN = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
@@ -175,14 +176,19 @@ def within(seconds: float, function: Callable[[], Any]) -> Any:
         except Exception as error:
             answers.put((None, error))
 
-    threading.Thread(target=run, daemon=True).start()
+    threading.Thread(target=run, daemon=True, name=_WAITING).start()
     try:
         answer, error = answers.get(timeout=seconds)
     except queue.Empty:
-        raise TimeoutError(f"no answer within {seconds:.0f} s") from None
+        raise TimeoutError(f"no answer within {seconds:g} s") from None
     if error is not None:
         raise error
     return answer
+
+
+def is_waiting() -> bool:
+    """Say whether a function that `within` gave up is running still."""
+    return any(thread.name == _WAITING for thread in threading.enumerate())
 
 
 def _hub_error(name: str, revision: str | None, error: Exception) -> UserError:

@@ -4,9 +4,7 @@ Of the sequences at positions [p, p + count * world_size), rank r is handed p + 
 ranks none is lost and none comes twice, whatever the number of ranks.
 """
 
-import copy
 import hashlib
-from collections.abc import Iterator
 from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,9 +15,8 @@ from torch import Tensor
 
 from jsae_lightning.errors import UserError
 from jsae_lightning.packing import Array, Encoder, PackedSequences
-from jsae_lightning.token_sources import Rows, document_digest, quiet_datasets
+from jsae_lightning.token_sources import BATCH_ROWS, Rows, document_digest, quiet_datasets
 
-_BATCH_ROWS = 32
 MAX_ROWS_OF_A_DOCUMENT = 64
 """A document that runs over the ends of pre-packed rows is followed over at most so many rows."""
 
@@ -120,7 +117,7 @@ class PackedStream:
             "epoch": self._epoch,
             "rows_read": self._rows_read,
             "pending": torch.from_numpy(self._pending),
-            "dataset": self._dataset.state_dict() if self._rows_read else None,
+            "dataset": self._reader.state_dict() if self._rows_read else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -131,10 +128,7 @@ class PackedStream:
 
     def _open(self, epoch: int, rows_read: int = 0, dataset_state: dict[str, Any] | None = None) -> None:
         self._epoch, self._rows_read = epoch, rows_read
-        self._dataset = copy.deepcopy(self._rows.data)  # the position lives in the dataset object
-        if dataset_state is not None:
-            self._dataset.load_state_dict(copy.deepcopy(dataset_state))
-        self._iterator = self._rows.values(self._dataset)
+        self._reader = self._rows.reader(dataset_state)
 
     def read(self, position: int, count: int, rank: int, world_size: int) -> Int64[Tensor, "sequences context_length"]:
         """Return sequences position + rank + i * world_size, i < count; `position` must be where the stream stands.
@@ -142,6 +136,7 @@ class PackedStream:
         Raises:
             EndOfStreamError: the stream ends before and must not repeat.
             UserError: a token id is outside the vocabulary.
+            RunError: the server of the stream stays broken.
         """
         if position != self._position:
             raise ValueError(f"the stream stands at sequence {self._position}, not at {position}")
@@ -177,7 +172,7 @@ class PackedStream:
     def _next_values(self) -> list[Any] | None:
         """The next rows that are not held out (perhaps none of a batch), or None at the end of the stream."""
         with quiet_datasets():
-            batch = list(islice(self._iterator, _BATCH_ROWS))
+            batch = [self._rows.value(row) for row in self._reader.read(BATCH_ROWS)]
         if not batch:
             return None
         values = batch[max(0, self._skip_rows - self._rows_read) :]
@@ -204,7 +199,7 @@ def first_sequences(
     used: list[Any] = []
     parts = [np.empty(0, np.int32)]
     total, need = 0, num * encoder.packing.chunk
-    values: Iterator[Any] = rows.values(copy.deepcopy(rows.data))
+    values = rows.values()
     with quiet_datasets():
         while total < need and (value := next(values, None)) is not None:
             parts += encoder.encode([value])
@@ -223,7 +218,7 @@ def rows_to_skip(rows: Rows, held_out: list[Any], eos_id: int | None) -> int:
     num = len(held_out)
     if not rows.holds_tokens or eos_id is None or not held_out or list(held_out[-1])[-1:] == [eos_id]:
         return num
-    following = islice(rows.values(copy.deepcopy(rows.data)), num, num + MAX_ROWS_OF_A_DOCUMENT)
+    following = islice(rows.values(), num, num + MAX_ROWS_OF_A_DOCUMENT)
     for skipped, value in enumerate(following, start=1):
         if eos_id in value:
             return num + skipped

@@ -9,21 +9,27 @@ import contextlib
 import dataclasses
 import glob
 import hashlib
-import itertools
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from jsae_lightning.config_schema import DataConfig
-from jsae_lightning.errors import UserError
+from jsae_lightning.errors import RunError, UserError
 from jsae_lightning.model_files import first_line, within
+from jsae_lightning.persistence import Patience, persist
+from jsae_lightning.stream_errors import is_passing_status
+from jsae_lightning.stream_reader import StreamReader
 from jsae_lightning.tiny_lm import corpus
 
 TEXT_COLUMNS = ("text", "content")
 TOKEN_COLUMNS = ("input_ids", "tokens")
 NUM_HEAD_ROWS = 64
 """Rows that are looked at before anything else is decided about a table or a stream."""
+BATCH_ROWS = 32
+"""Rows of a stream that are read at once, and again if reading them fails."""
 HUB_TIMEOUT_S = 20.0
 _SUFFIXES = {
     "text": (".txt", ".text", ".md"),
@@ -40,7 +46,8 @@ class Rows:
 
     `data` is a list of texts, a `datasets.Dataset` or a `datasets.IterableDataset`; `column` names the column that
     holds the text or the token ids (unused for a list); `where` says in messages what was read; `head` holds the
-    values of the first rows, at most NUM_HEAD_ROWS (none for a list).
+    values of the first rows, at most NUM_HEAD_ROWS (none for a list); `patience` says how long a stream that breaks is
+    tried.
     """
 
     data: Any
@@ -48,11 +55,17 @@ class Rows:
     column: str = ""
     holds_tokens: bool = False
     head: tuple[Any, ...] = ()
+    patience: Patience = Patience()
 
-    def values(self, data: Any = None) -> Iterator[Any]:
-        """Yield the text or the token ids of each row in order (of `data`, a copy of the dataset, if given)."""
-        for row in self.data if data is None else data:
-            yield self.value(row)
+    def reader(self, state: dict[str, Any] | None = None) -> StreamReader:
+        """Read the dataset's rows from a position on (None: the beginning)."""
+        return StreamReader(self.data, self.patience, self.where, state)
+
+    def values(self) -> Iterator[Any]:
+        """Yield the text or the token ids of each row in order."""
+        reader = self.reader()
+        while batch := reader.read(BATCH_ROWS):
+            yield from map(self.value, batch)
 
     def value(self, row: Any) -> Any:
         """The text or the token ids of a row; empty for null."""
@@ -96,6 +109,7 @@ def open_source(config: DataConfig) -> Source:
     Raises:
         UserError: no such file, folder, dataset or split; nothing in it; no text or token column; keys that do not
             apply to the source; the hub cannot be reached.
+        RunError: the first rows of a stream cannot be read.
     """
     _check_keys(config)
     if config.source == "stdlib":
@@ -191,13 +205,13 @@ def _open_rows(config: DataConfig, split: str) -> Rows:
     where = f"dataset '{config.name}'" if config.source == "hub" else f"'{config.path}'"
     where += f", split '{split}'"
     files = [] if config.source == "hub" else find_files(config.path or "", config.source)
-    if config.source == "hub" and not Path(config.name or "").is_dir():
-        _check_hub(config.name or "", config.revision)
+    patience = Patience(config.stream_retries, config.stream_timeout_s) if config.streaming else Patience()
     with quiet_datasets():
         try:
-            data = _load_split(config, split, files)
-            head = list(itertools.islice(data, NUM_HEAD_ROWS))
-        except UserError:
+            load = partial(_load_split, config, split, files)
+            data = persist(lambda _: load, patience, where, lambda: _url(config)) if config.streaming else load()
+            head = StreamReader(data, patience, where).read(NUM_HEAD_ROWS)
+        except (UserError, RunError):
             raise
         except Exception as error:  # `datasets` and its readers raise dozens of unrelated types
             key = "name" if config.source == "hub" else "path"
@@ -208,8 +222,14 @@ def _open_rows(config: DataConfig, split: str) -> Rows:
     if not head:
         raise UserError(f"data.train_split: {where} has no rows: give a dataset or split with data")
     column, holds_tokens = find_column(head, where, text_column=config.text_column, token_column=config.token_column)
-    rows = Rows(data, where, column, holds_tokens)
+    rows = Rows(data, where, column, holds_tokens, patience=patience)
     return dataclasses.replace(rows, head=tuple(map(rows.value, head)))
+
+
+def _url(config: DataConfig) -> str:
+    """What messages call data of which no file is known yet: a local path, or the data set's address on the hub."""
+    name = config.name if config.source == "hub" else config.path
+    return name or "" if config.source != "hub" or Path(name or "").is_dir() else f"hf://datasets/{name}"
 
 
 def _load_split(config: DataConfig, split: str, files: list[Path]) -> Any:
@@ -222,6 +242,8 @@ def _load_split(config: DataConfig, split: str, files: list[Path]) -> Any:
         )
     name = config.name or ""
     folder = Path(name)
+    if not folder.is_dir():
+        _check_hub(name, config.revision, is_streaming=config.streaming)
     if any((folder / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
         saved = datasets.load_from_disk(name)
         if isinstance(saved, datasets.Dataset):
@@ -276,8 +298,11 @@ def _is_token_list(value: Any) -> bool:
     return not isinstance(value, str | dict) and hasattr(value, "__len__") and all(isinstance(v, int) for v in value)
 
 
-def _check_hub(name: str, revision: str | None) -> None:
-    """Ask the hub once whether the dataset is there; `datasets` alone would retry for much longer."""
+def _check_hub(name: str, revision: str | None, *, is_streaming: bool) -> None:
+    """Ask the hub once whether the dataset is there; `datasets` alone would retry for much longer.
+
+    Raises UserError; for a stream, the hub's own error if it answers that it is out of order for now.
+    """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -293,6 +318,8 @@ def _check_hub(name: str, revision: str | None) -> None:
     except RevisionNotFoundError as error:
         raise UserError(f"data.revision: dataset '{name}' has no revision '{revision}': correct it") from error
     except Exception as error:
+        if is_streaming and is_passing_status(error):
+            raise
         raise UserError(
             f"data.name: no folder '{name}' here, and the hub cannot be reached ({type(error).__name__}): check the "
             "network, or set HF_HUB_OFFLINE=1 if the dataset was downloaded before, or use data.source=stdlib"
@@ -301,16 +328,22 @@ def _check_hub(name: str, revision: str | None) -> None:
 
 @contextlib.contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """Silence the progress bars and warnings of `datasets` for a while, and restore them."""
+    """Silence for a while the progress bars and warnings of `datasets` and its libraries' lines about each request."""
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from datasets.utils import logging as datasets_logging
 
     verbosity, had_bars = datasets_logging.get_verbosity(), not are_progress_bars_disabled()
     datasets_logging.set_verbosity_error()
     disable_progress_bars()
+    loggers = [logging.getLogger(name) for name in ("httpx", "httpx2", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
         datasets_logging.set_verbosity(verbosity)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         if had_bars:
             enable_progress_bars()

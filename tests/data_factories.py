@@ -47,6 +47,8 @@ def data_settings(**changes: Any) -> dict[str, Any]:
         "train_split": "train",
         "val_split": None,
         "streaming": False,
+        "stream_retries": 2,
+        "stream_timeout_s": 60.0,
         "text_column": None,
         "token_column": None,
         "document_separator": None,

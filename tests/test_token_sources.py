@@ -7,7 +7,7 @@ import pytest
 from data_factories import data_settings, tagged_texts
 from jsae_lightning import token_sources
 from jsae_lightning.config_schema import DataConfig
-from jsae_lightning.errors import UserError
+from jsae_lightning.errors import RunError, UserError
 from jsae_lightning.tiny_lm import corpus
 from jsae_lightning.token_sources import document_digest, find_column, find_files, is_held_out, open_source
 
@@ -273,6 +273,25 @@ def test_unreachable_hub(monkeypatch, no_network):
     hub_that_answers(monkeypatch, refuse)
     with pytest.raises(UserError, match=r"hub cannot be reached \(ConnectionError\).*HF_HUB_OFFLINE=1"):
         open_source(config(source="hub", name="nobody/nothing", streaming=True))
+
+
+class BusyError(OSError):
+    """The hub's answer 503, as its library raises it."""
+
+    response = type("Response", (), {"status_code": 503})
+
+
+def test_a_hub_that_is_out_of_order_is_asked_again_for_a_stream(monkeypatch, no_network):
+    asked = []
+
+    def busy(*_, **__):
+        asked.append(1)
+        raise BusyError("out of order")
+
+    hub_that_answers(monkeypatch, busy)
+    with pytest.raises(RunError, match="hf://datasets/nobody/nothing cannot be read: HTTP 503, after 2 tries"):
+        open_source(config(source="hub", name="nobody/nothing", streaming=True, stream_retries=1))
+    assert len(asked) == 2
 
 
 def test_hub_that_never_answers(monkeypatch, no_network):

@@ -1,0 +1,68 @@
+"""Reads a stream whose server drops connections, answers 5xx or stalls: from the last good position, again and again.
+
+The position lives in the dataset object, so a read that fails costs a copy of the dataset: a new one is made, told the
+position before the rows that failed, and read. Rows are neither lost nor repeated. Importing this module loads neither
+torch nor `datasets`.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
+from typing import Any
+
+from jsae_lightning.errors import RunError
+from jsae_lightning.persistence import Patience, farewell, persist
+from jsae_lightning.stream_errors import describe, is_refusal, shard_name
+
+
+class StreamReader:
+    """The rows of a copy of a dataset in order, from a position on."""
+
+    def __init__(self, data: Any, patience: Patience, where: str, state: dict[str, Any] | None = None) -> None:
+        """Read a copy of `data` from `state` on (None: the beginning); `where` names the data in messages."""
+        self._data, self._patience, self._where = data, patience, where
+        self._open(state)
+
+    def _open(self, state: dict[str, Any] | None) -> None:
+        self._dataset = copy.deepcopy(self._data)
+        if state is not None:
+            self._dataset.load_state_dict(copy.deepcopy(state))
+        self._rows, self._has_moved = iter(self._dataset), False
+        self._opened_at = state
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """The position behind the last row that was read; None at the beginning."""
+        return self._dataset.state_dict() if self._has_moved else self._opened_at
+
+    def read(self, count: int) -> list[Any]:
+        """Return the next rows, at most `count`; none at the end of the stream.
+
+        Raises:
+            RunError: the server stays broken for all tries, or refuses the shard (404, 403).
+        """
+        state = self.state_dict() if self._patience.retries else None
+
+        def attempt(tries: int) -> Callable[[], list[Any]]:
+            if tries > 1:
+                self._open(state)
+            return partial(_take, self._rows, count)
+
+        try:
+            rows: list[Any] = persist(attempt, self._patience, self._where, self._shard)
+        except RunError:
+            raise
+        except Exception as error:
+            if not is_refusal(error, self._shard()):
+                raise
+            what = describe(error, self._patience.timeout_s)
+            raise RunError(farewell(self._where, self._shard(), what, "which is no passing failure")) from error
+        self._has_moved = self._has_moved or bool(rows)
+        return rows
+
+    def _shard(self) -> str:
+        return shard_name(self._dataset)
+
+
+def _take(rows: Iterator[Any], count: int) -> list[Any]:
+    return list(islice(rows, count))
