@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +31,15 @@ from jsae_lightning.devices import job_environment
 from jsae_lightning.errors import UserError
 from jsae_lightning.launch import RECORD, config_flags
 from jsae_lightning.processes import is_restarted
-from jsae_lightning.run_status import add_ended_attempt, read_status
-from jsae_lightning.slurm import end_lost_jobs, is_submitit_task, wait_for_jobs
+from jsae_lightning.run_status import add_ended_attempt
+from jsae_lightning.slurm import end_lost_jobs, is_submitit_task
 from jsae_lightning.sweep_progress import JobProgress, last_lines
 
 SWEEP_RECORD = "sweep.json"
 """The file in a sweep's folder that lists the overrides of its jobs."""
 CONSOLE = "console.log"
 """The file in a job's folder that holds what its process printed."""
-_SWEEP_FOLDER = "JSAE_SWEEP_FOLDER"  # in the environment, as jobs may run in other processes of a launcher's
+SWEEP_FOLDER = "JSAESWEEP_FOLDER"  # in the environment, as jobs may run in other processes of a launcher's
 _NOT_OF_THE_RUN = ("hydra.", "ckpt_path", "sweep.")
 
 
@@ -50,7 +49,7 @@ class SweepFolder(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Write the record; sweepers other than Hydra's basic one choose their jobs on the way, so it has none."""
         folder = Path(config.hydra.sweep.dir).absolute()
-        os.environ[_SWEEP_FOLDER] = str(folder)
+        os.environ[SWEEP_FOLDER] = str(folder)
         launcher = config.hydra.launcher
         if "SlurmLauncher" in launcher._target_:
             end_lost_jobs(folder, launcher.nodes * launcher.tasks_per_node)
@@ -94,7 +93,7 @@ class SweepJob:
         """Read Hydra's configuration of the job."""
         hydra = HydraConfig.get()
         overrides = list(hydra.overrides.task)
-        jobs = _recorded_jobs(Path(os.environ[_SWEEP_FOLDER])) if _SWEEP_FOLDER in os.environ else []
+        jobs = recorded_jobs(Path(os.environ[SWEEP_FOLDER])) if SWEEP_FOLDER in os.environ else []
         num = int(hydra.job.num)
         own = varying(jobs)[num] if num < len(jobs) else overrides
         return cls(num, len(jobs), Path(hydra.runtime.output_dir), overrides, own)
@@ -244,63 +243,9 @@ def read_objective(path: Path, name: str) -> float:
     return math.nan if metrics[name] is None else float(metrics[name])
 
 
-def _recorded_jobs(folder: Path) -> list[list[str]]:
+def recorded_jobs(folder: Path) -> list[list[str]]:
+    """Return the overrides of a sweep's jobs, as its folder's record has them; none if there is no such record."""
     try:
         return json.loads((folder / SWEEP_RECORD).read_text(encoding="utf-8"))["jobs"]
     except (OSError, ValueError, KeyError):
         return []
-
-
-@dataclass
-class SweepReport:
-    """Around a sweep: prints how its jobs ended, and gives the exit code. Nothing of it shows for a single run."""
-
-    exit_code: int = 0
-
-    def __enter__(self) -> "SweepReport":
-        os.environ.pop(_SWEEP_FOLDER, None)  # of a sweep that started this process
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> bool:
-        """Report; of a job that Slurm has ended nothing more is to be said than the report does."""
-        folder = os.environ.pop(_SWEEP_FOLDER, None)
-        if folder is None:
-            return False
-        is_slurms = kind is not None and kind.__module__.startswith("submitit.")
-        if is_slurms:
-            wait_for_jobs(Path(folder))
-        text, self.exit_code = report(Path(folder))
-        print(text, flush=True)
-        if is_slurms:
-            self.exit_code = self.exit_code or 1
-        return is_slurms
-
-
-def report(folder: Path) -> tuple[str, int]:
-    """Return the report on the sweep in `folder` and its exit code: 0 if all jobs that have started have finished.
-
-    Otherwise 1, or 2 if each job that failed did so by a mistake in the input.
-    """
-    statuses = {path.parent: read_status(path.parent) for path in sorted(folder.rglob("status.json"), key=_natural)}
-    known = {job: status for job, status in statuses.items() if status is not None}
-    counts = {state: sum(s.status == state for s in known.values()) for state in ("finished", "failed", "killed")}
-    counts["not started"] = max(0, len(_recorded_jobs(folder)) - len(known))
-    lines = [f"sweep {folder}: " + ", ".join(f"{n} {state}" for state, n in counts.items() if n or state == "finished")]
-    codes = []
-    for job, status in known.items():
-        if status.status == "finished":
-            continue
-        last = status.attempts[-1]
-        codes.append(last.exit_code)
-        seconds = timedelta(seconds=round(status.seconds or 0))
-        lines.append(f"  {job.relative_to(folder)}: {status.status} after {seconds}: {last.message or 'no message'}")
-        if last.exit_code != 2:  # then the message is the one line that there is
-            lines += [f"    | {line}" for line in last_lines(job / CONSOLE, 5)]
-    if codes or counts["not started"]:
-        lines.append(f"go on: the same command with sweep.resume=true hydra.sweep.dir={folder}")
-    lines.append(f"table: jsae-collect {folder}")
-    return "\n".join(lines), 0 if not codes else (2 if set(codes) == {2} else 1)
-
-
-def _natural(path: Path) -> tuple[int, str]:
-    return (int(path.parent.name), "") if path.parent.name.isdecimal() else (sys.maxsize, str(path))

@@ -23,7 +23,8 @@ from jsae_lightning.launch import exit_codes, record_arguments, resumed_argument
 from jsae_lightning.processes import agree_on_start_time, end_with_parent, is_rank_zero, is_restarted
 from jsae_lightning.run_status import AttemptRecord, locked_folder, recorded_attempt
 from jsae_lightning.slurm import check_tasks, is_submitit_task, noted_end
-from jsae_lightning.sweeps import SweepReport, enter_slurm_job, is_sweep_job, run_sweep_job
+from jsae_lightning.sweep_report import SweepReport
+from jsae_lightning.sweeps import enter_slurm_job, is_sweep_job, run_sweep_job
 
 if TYPE_CHECKING:
     from jsae_lightning.building import Experiment

@@ -21,6 +21,7 @@ from jsae_lightning.run_status import (
     recorded_attempt,
 )
 from jsae_lightning.sweep_progress import JobProgress, last_lines
+from jsae_lightning.sweep_report import report
 from running import command, environment, run, toy_overrides, train, wait_for_no_process_in, write_documents
 from tiny_models import make_model_dir
 
@@ -115,7 +116,7 @@ def test_a_killed_sweep_takes_its_job_along_and_says_so_afterwards(material, tmp
     process.wait()
     wait_for_no_process_in(sweep)
     assert states(sweep) == ["killed"]
-    assert "1 killed, 1 not started" in sweeps.report(sweep)[0]
+    assert "1 killed, 1 not started" in report(sweep)[0]
 
 
 @pytest.mark.slow
@@ -158,7 +159,7 @@ def test_the_exit_code_of_a_sweep(codes, expected, tmp_path):
         else:
             with recorded_attempt(folder):
                 pass
-    text, found = sweeps.report(tmp_path)
+    text, found = report(tmp_path)
     assert found == expected
     assert f"{codes.count(0)} finished" in text
     assert ("failed after 0:01:01: why" in text) == bool(expected)

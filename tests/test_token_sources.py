@@ -7,9 +7,10 @@ import pytest
 from data_factories import data_settings, tagged_texts
 from jsae_lightning import token_sources
 from jsae_lightning.config_schema import DataConfig
+from jsae_lightning.dataset_columns import find_column
 from jsae_lightning.errors import RunError, UserError
 from jsae_lightning.tiny_lm import corpus
-from jsae_lightning.token_sources import document_digest, find_column, find_files, is_held_out, open_source
+from jsae_lightning.token_sources import document_digest, find_files, is_held_out, open_source
 
 
 def config(**changes):
