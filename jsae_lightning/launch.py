@@ -63,8 +63,8 @@ def exit_codes(program: str) -> Iterator[None]:
 
 
 def _fail(program: str, message: str, code: int = 2) -> None:
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"{program}: error: {message}", file=sys.stderr, flush=True)
+    rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
+    print(f"{program}: {'' if rank == '0' else f'rank {rank}: '}error: {message}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 

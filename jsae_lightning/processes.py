@@ -15,6 +15,7 @@ from jsae_lightning.errors import RunError
 _PARENT = "JSAE_PARENT"
 _STARTED_AT = "JSAE_STARTED_AT"
 _SECONDS_BETWEEN_LOOKS = 1.0
+_RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "JSM_NAMESPACE_RANK")
 _STORE_TIMEOUT_S = 60
 
 
@@ -22,17 +23,13 @@ def end_with_parent() -> None:
     """End this process when the one that started it is gone, if that was one of ours (a sweep, or rank 0).
 
     Such a parent that is killed leaves children that would wait for it, or train on unseen in a folder that the user
-    means to resume. Processes that are started from here on will look after this one.
+    means to resume. Between a sweep and its jobs there may be a worker of the launcher's, whose end counts as well.
+    Processes that are started from here on will look after this one.
     """
     place, _, pid = os.environ.get(_PARENT, "").rpartition(":")
     os.environ[_PARENT] = f"{_place()}:{os.getpid()}"
-    if place != _place():  # none, or one that has only lent its environment, to a job of Slurm's
-        return
-    parent = int(pid)
-    if parent == os.getppid():
-        threading.Thread(target=_watch, args=(parent,), daemon=True, name="parent-watch").start()
-    elif not _is_alive(parent):  # gone before this process came so far
-        _end(parent)
+    if place == _place():  # else there is none, or one that has only lent its environment, to a job of Slurm's
+        threading.Thread(target=_watch, args=(int(pid), os.getppid()), daemon=True, name="parent-watch").start()
 
 
 def _place() -> str:
@@ -49,15 +46,11 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def _end(parent: int) -> None:
+def _watch(parent: int, starter: int) -> None:
+    while _is_alive(parent) and os.getppid() == starter:
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
     print(f"the process that started this one (pid {parent}) is gone: ending", file=sys.stderr, flush=True)
     os._exit(1)
-
-
-def _watch(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
-    _end(parent)
 
 
 def agree_on_start_time() -> None:
@@ -78,8 +71,10 @@ def start_time(pattern: str) -> str:
 
 
 def is_rank_zero() -> bool:
-    """Whether this process is, or will start, the ranks' first: by what Lightning, torchrun or Slurm has set."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+    """Whether this process is, or will start, the ranks' first: by what torchrun, Lightning, Slurm or MPI has set."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # numbers the nodes itself, whatever Slurm does
+        return os.environ.get("RANK", "0") == "0"
+    return all(os.environ.get(name, "0") == "0" for name in _RANKS)
 
 
 def rank_suffix() -> str:

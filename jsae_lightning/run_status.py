@@ -8,6 +8,7 @@ leaves its attempt without an end; the lock, which the operating system drops wi
 over. Imports neither torch nor lightning.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -23,6 +24,7 @@ from jsae_lightning.atomic_files import atomic_file
 from jsae_lightning.errors import RunError, UserError
 
 STATUS = "status.json"
+LOCK = ".lock"
 
 
 @dataclass
@@ -57,46 +59,60 @@ class RunStatus:
 def locked_folder(folder: Path) -> Iterator[None]:
     """Hold the lock of a run's folder: one process at a time trains there, and its death frees the folder.
 
-    The lock is on the folder itself (flock), so that no file is left behind. Raises RunError if another process holds
-    it.
+    An flock on the file `.lock`, which NFS clients share with each other, too; it is removed with the lock, but for a
+    process that is killed. A file system without locks gives none. Raises RunError if another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = _lock(folder / LOCK)
+    if descriptor is None:
+        raise RunError(
+            f"{folder}: another process is training in this folder: wait for it, or choose another with "
+            "hydra.run.dir=DIR"
+        )
     try:
-        if not _try_lock(descriptor):
-            raise RunError(
-                f"{folder}: another process is training in this folder: wait for it, or choose another with "
-                "hydra.run.dir=DIR"
-            )
         yield
     finally:
+        (folder / LOCK).unlink(missing_ok=True)
         os.close(descriptor)
 
 
-def _try_lock(descriptor: int) -> bool:
+def _lock(path: Path) -> int | None:
     """Take the lock; try for a second, because `is_locked` holds it for an instant."""
     for _ in range(10):
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            time.sleep(0.1)
-    return False
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        if _try_lock(descriptor) and _is_same_file(descriptor, path):
+            return descriptor
+        os.close(descriptor)
+        time.sleep(0.1)
+    return None
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+    return True
+
+
+def _is_same_file(descriptor: int, path: Path) -> bool:
+    """Whether the file has not been removed since it was opened, by the process that held the lock before."""
+    try:
+        return os.fstat(descriptor).st_ino == path.stat().st_ino
+    except FileNotFoundError:
+        return False
 
 
 def is_locked(folder: Path) -> bool:
     """Say whether a process trains in `folder` now (on this machine, or any that shares locks over the file system)."""
     try:
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(folder / LOCK, os.O_RDWR)
     except OSError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return True
+        return not _try_lock(descriptor)
     finally:
         os.close(descriptor)
-    return False
 
 
 class AttemptRecord:
@@ -138,7 +154,12 @@ def recorded_attempt(folder: Path) -> Iterator[AttemptRecord]:
 
 
 def add_ended_attempt(folder: Path, *, pid: int, seconds: float, exit_code: int, message: str) -> None:
-    """Note the end of an attempt on behalf of a process `pid` that could not: it was killed, or never got so far."""
+    """Note the end of an attempt on behalf of a process `pid` that could not: it was killed, or never got so far.
+
+    Does nothing while another process trains in the folder, whose status it is then.
+    """
+    if is_locked(folder):
+        return
     status = read_status(folder) or RunStatus("failed", [])
     last = status.attempts[-1] if status.attempts else None
     if last is None or last.pid != pid:
@@ -159,14 +180,16 @@ def write_status(folder: Path, status: RunStatus) -> None:
 def read_status(folder: Path) -> RunStatus | None:
     """Return how the run in `folder` stands, None if nothing readable says so.
 
-    A run that says `running` while nobody holds its folder's lock is `killed`.
+    A run that says `running` on this machine while nobody holds its folder's lock is `killed`; not every file system
+    tells of the locks of others.
     """
     try:
         content = json.loads((folder / STATUS).read_text(encoding="utf-8"))
         status = RunStatus(str(content["status"]), [Attempt(**attempt) for attempt in content["attempts"]])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    if status.status == "running" and not is_locked(folder):
+    hosts = [attempt.host for attempt in status.attempts[-1:]]
+    if status.status == "running" and hosts in ([], [socket.gethostname()]) and not is_locked(folder):
         status.status = "killed"
     return status
 

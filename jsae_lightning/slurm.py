@@ -4,19 +4,20 @@ Imports neither torch nor lightning.
 """
 
 import atexit
+import getpass
 import os
 import pickle
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from jsae_lightning.atomic_files import atomic_file
 from jsae_lightning.config import world_size
 from jsae_lightning.errors import UserError
 from jsae_lightning.processes import is_rank_zero
@@ -24,6 +25,7 @@ from jsae_lightning.run_status import add_ended_attempt
 
 _OWN_CODES = (1, 2)
 _SECONDS_BETWEEN_LOOKS = 5.0
+_LOOKS_UNTIL_LOST = 6  # half a minute, in which a result is on its way through a file system
 _INTERACTIVE = ("bash", "interactive")  # names of jobs in which Lightning takes no notice of Slurm
 
 
@@ -85,38 +87,40 @@ def end_lost_jobs(sweep: Path, num_tasks: int) -> None:
 
 
 def _end_lost_jobs(sweep: Path, num_tasks: int) -> None:
-    suspects: set[str] = set()
+    looks: Counter[str] = Counter()
     while True:
         time.sleep(_SECONDS_BETWEEN_LOOKS)
         queued = _queued()
         if queued is None:
             continue
-        gone = {path.name for path in _job_folders(sweep) if path.name not in queued}
-        for job in gone & suspects:  # for a while now: a result on its way through a file system has arrived
+        gone = [path.name for path in _job_folders(sweep) if path.name not in queued]
+        looks = Counter({job: looks[job] + 1 for job in gone})
+        for job in [job for job, count in looks.items() if count == _LOOKS_UNTIL_LOST]:
             for task in range(num_tasks):
                 _write_error(sweep / ".submitit" / job / f"{job}_{task}_result.pkl", job)
-        suspects = gone
 
 
 def _write_error(result: Path, job: str) -> None:
-    if not result.exists():
-        with atomic_file(result) as temporary:
-            temporary.write_bytes(pickle.dumps(("error", f"job {job} left Slurm's queue without a result")))
+    """Write what submitit writes for a task that failed; never over a result that has come after all."""
+    draft = result.with_name(f".{result.name}.lost")
+    draft.write_bytes(pickle.dumps(("error", f"job {job} left Slurm's queue without a result")))
+    with suppress(FileExistsError):
+        os.link(draft, result)
+    draft.unlink()
 
 
 def wait_for_jobs(sweep: Path) -> None:
-    """Wait until none of the sweep's jobs is in Slurm's queue.
+    """Wait until none of the sweep's jobs is in Slurm's queue, or Slurm has not answered for half a minute.
 
     The launcher stops waiting at the first job that failed; the others go on all the same.
     """
-    while not _queued_jobs_of(sweep).isdisjoint(path.name for path in _job_folders(sweep)):
+    failures = 0
+    while failures < _LOOKS_UNTIL_LOST:
+        queued = _queued()
+        failures = failures + 1 if queued is None else 0
+        if queued is not None and queued.isdisjoint(path.name for path in _job_folders(sweep)):
+            return
         time.sleep(_SECONDS_BETWEEN_LOOKS)
-
-
-def _queued_jobs_of(sweep: Path) -> set[str]:
-    while (queued := _queued()) is None:
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
-    return queued
 
 
 def _job_folders(sweep: Path) -> list[Path]:
@@ -126,6 +130,6 @@ def _job_folders(sweep: Path) -> list[Path]:
 
 def _queued() -> set[str] | None:
     """Return the numbers of the jobs that are running or waiting; None if Slurm does not answer now."""
-    command = ["squeue", "--noheader", "--array", "--me", "--format=%i"]
+    command = ["squeue", "--noheader", "--array", f"--user={getpass.getuser()}", "--format=%i"]
     asked = subprocess.run(command, capture_output=True, text=True, check=False)
     return set(asked.stdout.split()) if asked.returncode == 0 else None

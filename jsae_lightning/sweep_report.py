@@ -39,18 +39,21 @@ class SweepReport:
 
 
 def report(folder: Path) -> tuple[str, int]:
-    """Return the report on the sweep in `folder` and its exit code: 0 if all jobs that have started have finished.
+    """Return the report on the sweep in `folder` and its exit code: 0 if all jobs have finished.
 
-    Otherwise 1, or 2 if each job that failed did so by a mistake in the input.
+    Otherwise 1, or 2 if every job has started and each that failed did so by a mistake in the input.
     """
     statuses = {path.parent: read_status(path.parent) for path in sorted(folder.rglob("status.json"), key=_natural)}
     known = {job: status for job, status in statuses.items() if status is not None}
     counts = {state: sum(s.status == state for s in known.values()) for state in ("finished", "failed", "killed")}
     counts["not started"] = max(0, len(recorded_jobs(folder)) - len(known))
     lines = [f"sweep {folder}: " + ", ".join(f"{n} {state}" for state, n in counts.items() if n or state == "finished")]
-    codes = []
+    codes: list[int | None] = [None] * counts["not started"]
     for job, status in known.items():
         if status.status == "finished":
+            continue
+        if not status.attempts:
+            codes.append(None)
             continue
         last = status.attempts[-1]
         codes.append(last.exit_code)
@@ -58,7 +61,7 @@ def report(folder: Path) -> tuple[str, int]:
         lines.append(f"  {job.relative_to(folder)}: {status.status} after {seconds}: {last.message or 'no message'}")
         if last.exit_code != 2:  # then the message is the one line that there is
             lines += [f"    | {line}" for line in last_lines(job / CONSOLE, 5)]
-    if codes or counts["not started"]:
+    if codes:
         lines.append(f"go on: the same command with sweep.resume=true hydra.sweep.dir={folder}")
     lines.append(f"table: jsae-collect {folder}")
     return "\n".join(lines), 0 if not codes else (2 if set(codes) == {2} else 1)

@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,16 @@ def enter_slurm_job(cfg: DictConfig) -> float | None:
 
 
 def run_sweep_job(cfg: DictConfig) -> float:
-    """Run one job of a sweep and return its objective, NaN if it failed; with `sweep.resume` skip or resume it."""
+    """Run one job of a sweep and return its objective, NaN if it failed; with `sweep.resume` skip or resume it.
+
+    Raises:
+        UserError: this process is one of several ranks.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("SLURM_PROCID", "0") != "0":
+        raise UserError(
+            "-m: a sweep starts the ranks of its jobs itself, but here every rank would run all of it: start "
+            "jsae-train -m without torchrun or srun, with trainer=ddp, or with hydra/launcher=slurm_gpu"
+        )
     job = SweepJob.from_hydra()
     progress = JobProgress(job.label, job.folder / CONSOLE)
     try:
@@ -150,9 +160,11 @@ def run_sweep_job(cfg: DictConfig) -> float:
         objective = read_objective(job.folder / "metrics.json", cfg.objective)
         progress.say(f"finished in {progress.elapsed}, {cfg.objective} {objective:.6g}")
         return objective
-    except UserError as error:
-        add_ended_attempt(job.folder, pid=os.getpid(), seconds=0, exit_code=2, message=str(error))
+    except (UserError, OSError, ValueError, TypeError) as error:  # a damaged folder, a full disk: of this job only
         progress.say(f"failed: {error}")
+        code = 2 if isinstance(error, UserError) else 1
+        with suppress(Exception):
+            add_ended_attempt(job.folder, pid=os.getpid(), seconds=0.0, exit_code=code, message=str(error))
         return math.nan
 
 
@@ -208,7 +220,7 @@ def _earlier_run(job: SweepJob, *, resume: bool, own_job: str | None = None) -> 
         return ""
     try:
         content = json.loads(record.read_text(encoding="utf-8"))
-        earlier = content["overrides"]
+        earlier = list(content["overrides"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{record}: is damaged ({error}): remove the folder to train the job again") from error
     if own_job is not None and content.get("slurm_job_id") == own_job:
@@ -226,8 +238,8 @@ def _earlier_run(job: SweepJob, *, resume: bool, own_job: str | None = None) -> 
         )
     try:
         metrics = json.loads((job.folder / "metrics.json").read_text(encoding="utf-8"))
-        return "finished" if metrics.get("run/status") == "finished" else "unfinished"
-    except (OSError, ValueError):
+        return "finished" if metrics["run/status"] == "finished" else "unfinished"
+    except (OSError, ValueError, KeyError, TypeError):
         return "unfinished"
 
 

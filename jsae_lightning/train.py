@@ -9,6 +9,7 @@ jsae-train ckpt_path=auto hydra.run.dir=DIR                    # go on after a c
 
 import logging
 import math
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,6 +40,7 @@ def main() -> None:
         print(help_text(config_dir()))
         return
     end_with_parent()
+    os.environ.pop("SUBMITIT_EXECUTOR", None)  # of a job that this command is a part of; a task of ours starts in `run`
     with exit_codes(PROGRAM), SweepReport() as sweep:
         agree_on_start_time()
         sys.argv[1:] = resumed_arguments(sys.argv[1:])

@@ -126,7 +126,7 @@ def test_a_process_ends_with_its_parent_and_only_with_its_own(tmp_path):
 
 
 def test_the_environment_of_another_job_is_no_parent(monkeypatch):
-    for parent in ("", f"elsewhere::{os.getppid()}", f"{processes._place()}7:{2**22 + 1}"):
+    for parent in ("", f"elsewhere::{2**22 + 1}", f"{processes._place()}7:{2**22 + 1}"):
         monkeypatch.setenv("JSAE_PARENT", parent)
         processes.end_with_parent()  # would end this process
         assert os.environ["JSAE_PARENT"] == f"{processes._place()}:{os.getpid()}"
@@ -141,3 +141,22 @@ def test_the_start_time_is_inherited(monkeypatch):
     assert os.environ["JSAE_STARTED_AT"] == first
     monkeypatch.setenv("JSAE_STARTED_AT", "0")
     assert processes.start_time("%s") == "0"
+
+
+@pytest.mark.parametrize(
+    ("variables", "is_first"),
+    [
+        ({}, True),
+        ({"LOCAL_RANK": "1"}, False),
+        ({"LOCAL_RANK": "0", "NODE_RANK": "1"}, False),
+        ({"SLURM_PROCID": "2"}, False),
+        ({"RANK": "0", "LOCAL_RANK": "0", "SLURM_PROCID": "1", "TORCHELASTIC_RUN_ID": "x"}, True),
+        ({"RANK": "8", "LOCAL_RANK": "0", "SLURM_PROCID": "0", "TORCHELASTIC_RUN_ID": "x"}, False),
+    ],
+)
+def test_the_first_rank(variables, is_first, monkeypatch):
+    for name in (*processes._RANKS, "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert processes.is_rank_zero() == is_first

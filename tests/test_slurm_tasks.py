@@ -1,6 +1,7 @@
 """What runs on Slurm is checked before it runs; no Slurm is needed here."""
 
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
+from jsae_lightning import slurm
 from jsae_lightning.config import config_dir, register
 from jsae_lightning.errors import RunError, UserError
 from jsae_lightning.launch import exit_codes
@@ -134,3 +136,13 @@ def test_every_key_of_the_launchers_has_a_comment():
         for line in path.read_text().splitlines():
             if ":" in line and not line.startswith(("#", "defaults:", "plugins:")) and "_target_" not in line:
                 assert "#" in line or line.endswith("additional_parameters:"), f"{path}: {line}"
+
+
+def test_an_error_of_a_lost_job_never_takes_the_place_of_its_result(tmp_path):
+    result = tmp_path / "7_0_result.pkl"
+    slurm._write_error(result, "7")
+    assert pickle.loads(result.read_bytes()) == ("error", "job 7 left Slurm's queue without a result")
+    result.write_bytes(b"the real one")
+    slurm._write_error(result, "7")
+    assert result.read_bytes() == b"the real one"
+    assert [path.name for path in tmp_path.iterdir()] == ["7_0_result.pkl"]

@@ -25,6 +25,8 @@ from jsae_lightning.sweep_report import report
 from running import command, environment, run, toy_overrides, train, wait_for_no_process_in, write_documents
 from tiny_models import make_model_dir
 
+JOBLIB = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory):
@@ -105,9 +107,13 @@ def test_a_job_that_is_out_of_memory_is_reported(material, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_takes_its_job_along_and_says_so_afterwards(material, tmp_path):
+@pytest.mark.parametrize(
+    "launcher", [[], ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]], ids=["basic", "joblib"]
+)
+def test_a_killed_sweep_takes_its_jobs_along_and_says_so_afterwards(launcher, material, tmp_path):
     sweep = tmp_path / "sweep"
-    arguments = [*overrides(material, sweep, "data.train"), "data.train_tokens=64000", "sae.k=2,3", "-m"]
+    long = ["data.train_tokens=640000", "checkpoint.every_n_steps=1"]
+    arguments = [*overrides(material, sweep, "data.train"), *long, *launcher, "sae.k=2,3", "-m"]
     process = subprocess.Popen(command(arguments), env=environment(), stdout=subprocess.DEVNULL)
     while not (sweep / "0" / "checkpoints" / "last.ckpt").exists():
         assert process.poll() is None
@@ -115,15 +121,26 @@ def test_a_killed_sweep_takes_its_job_along_and_says_so_afterwards(material, tmp
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     wait_for_no_process_in(sweep)
-    assert states(sweep) == ["killed"]
-    assert "1 killed, 1 not started" in report(sweep)[0]
+    assert set(states(sweep)) <= {"killed", "failed", "nothing"} and "killed" in states(sweep)
+    text, code = report(sweep)
+    assert code == 1 and "killed" in text and "sweep.resume=true" in text
+
+
+@pytest.mark.slow
+def test_every_rank_of_torchrun_running_the_sweep_is_refused(material, tmp_path):
+    output = tmp_path / "output"
+    arguments = command(
+        [*overrides(material, tmp_path / "sweep"), "seed=0,1", "-m"], "--standalone", "--nproc-per-node=2"
+    )
+    assert run(arguments, output=output) != 0
+    assert "error: -m: a sweep starts the ranks of its jobs itself" in output.read_text()
+    assert not list((tmp_path / "sweep").glob("*/checkpoints"))
 
 
 @pytest.mark.slow
 def test_jobs_in_parallel(material, tmp_path):
     sweep, output = tmp_path / "sweep", tmp_path / "output"
-    launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "num_threads=null"]
-    arguments = command([*overrides(material, sweep), *launcher, "seed=0,1", "-m"])
+    arguments = command([*overrides(material, sweep), *JOBLIB, "num_threads=null", "seed=0,1", "-m"])
     assert run(arguments, output=output) == 0, output.read_text()
     assert states(sweep) == ["finished", "finished"]
     began = [read_status(sweep / n).attempts[0] for n in "01"]
@@ -262,3 +279,34 @@ def test_the_lock_of_a_folder_and_the_state_of_a_killed_run(tmp_path):
     status_file.write_text("{half")
     assert read_status(tmp_path) is None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["status.json"]
+
+
+def test_the_status_of_a_running_run_is_nobody_elses(tmp_path):
+    """Of a second start that was refused nothing is noted."""
+    with locked_folder(tmp_path), recorded_attempt(tmp_path):
+        before = (tmp_path / "status.json").read_text()
+        add_ended_attempt(tmp_path, pid=1, seconds=1.0, exit_code=1, message="refused")
+        assert (tmp_path / "status.json").read_text() == before
+    assert read_status(tmp_path).status == "finished"
+
+
+def test_a_run_on_another_machine_is_not_called_killed(tmp_path):
+    with recorded_attempt(tmp_path):
+        pass
+    path = tmp_path / "status.json"
+    content = json.loads(path.read_text())
+    content["status"] = "running"
+    content["attempts"][0]["host"] = "elsewhere"
+    path.write_text(json.dumps(content))
+    assert read_status(tmp_path).status == "running"
+
+
+@pytest.mark.parametrize("content", ["[]", '{"run/status": 3}', "{half"])
+def test_a_damaged_job_is_trained_on_not_fatal_to_the_sweep(content, tmp_path):
+    (tmp_path / "arguments.json").write_text('{"overrides": ["sae.k=2"]}')
+    (tmp_path / "metrics.json").write_text(content)
+    job = sweeps.SweepJob(0, 1, tmp_path, ["sae.k=2", "sweep.resume=true"], [])
+    assert sweeps._earlier_run(job, resume=True) == "unfinished"
+    (tmp_path / "arguments.json").write_text('{"overrides": null}')
+    with pytest.raises(UserError, match="is damaged"):
+        sweeps._earlier_run(job, resume=True)
