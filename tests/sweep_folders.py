@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def make_job(
 
 def make_attempt(seconds: float | None = None, **more: Any) -> dict[str, Any]:
     """An attempt as `status.json` holds it; without seconds it has no end."""
-    return {"started_at": START, "host": "n1", "pid": 1, "seconds": seconds} | more
+    return {"started_at": START, "host": socket.gethostname(), "pid": 1, "seconds": seconds} | more
 
 
 def touch_all(folder: Path, seconds: float) -> None:
