@@ -121,9 +121,10 @@ def test_a_killed_sweep_takes_its_jobs_along_and_says_so_afterwards(launcher, ma
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     wait_for_no_process_in(sweep)
-    assert set(states(sweep)) <= {"killed", "failed", "nothing"} and "killed" in states(sweep)
+    ended = "failed" if launcher else "killed"  # joblib's workers see the job end before they end themselves
+    assert states(sweep)[0] == ended and not {"finished", "running"} & set(states(sweep))
     text, code = report(sweep)
-    assert code == 1 and "killed" in text and "sweep.resume=true" in text
+    assert code == 1 and ended in text and "sweep.resume=true" in text
 
 
 @pytest.mark.slow
