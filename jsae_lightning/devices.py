@@ -63,11 +63,12 @@ def _free_group(groups: list[list[str]], stack: ExitStack) -> list[str]:
     folder = Path(HydraConfig.get().sweep.dir)
     while True:
         for number, group in enumerate(groups):
-            slot = stack.enter_context((folder / f".devices_{number}").open("w"))
+            slot = (folder / f".devices_{number}").open("w")
             try:
                 fcntl.flock(slot, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 slot.close()
                 continue
+            stack.callback(slot.close)
             return group
         time.sleep(_SECONDS_BETWEEN_TRIES)

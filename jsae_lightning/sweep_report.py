@@ -45,7 +45,9 @@ def report(folder: Path) -> tuple[str, int]:
     """
     statuses = {path.parent: read_status(path.parent) for path in sorted(folder.rglob("status.json"), key=_natural)}
     known = {job: status for job, status in statuses.items() if status is not None}
-    counts = {state: sum(s.status == state for s in known.values()) for state in ("finished", "failed", "killed")}
+    counts = {
+        state: sum(s.status == state for s in known.values()) for state in ("finished", "running", "failed", "killed")
+    }
     counts["not started"] = max(0, len(recorded_jobs(folder)) - len(known))
     lines = [f"sweep {folder}: " + ", ".join(f"{n} {state}" for state, n in counts.items() if n or state == "finished")]
     codes: list[int | None] = [None] * counts["not started"]
