@@ -169,6 +169,7 @@ def build_module(cfg: DictConfig, d_model: int) -> JSAEModule:
     sae["d_sae"], sae["d_sae_output"] = sae_widths(cfg, d_model)
     sae["k_output"] = sae["k_output"] or sae["k"]
     jacobian["coef"] = jacobian_coef(cfg, d_model)
+    del jacobian["coef_scale"]  # is in coef
     return JSAEModule(
         d_model=d_model,
         sae=sae,

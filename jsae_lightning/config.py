@@ -23,7 +23,7 @@ PACKAGE_DIR = Path(__file__).resolve().parent
 SOURCES = ("stdlib", "text", "jsonl", "parquet", "arrow", "hub")
 PENALTIES = (
     "l1", "l1_over_l2_batch", "l1_over_l2_token", "log", "l04", "exp", "tanh", "scad", "capped_l1", "kurtosis",
-    "hoyer", "l1_rows_l05",
+    "hoyer", "l1_rows_l05", "hoyer_rows", "hoyer_token_rows", "l1_scaled",
 )  # fmt: skip
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "model.dtype": ("float32", "bfloat16", "float16"),
@@ -33,6 +33,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "data.cache_dtype": ("float32", "bfloat16"),
     "jacobian.penalty": PENALTIES,
     "jacobian.at": ("input", "reconstruction"),
+    "jacobian.edges": ("jacobian", "contribution"),
     "checkpoint.best_mode": ("min", "max"),
     "kernels": ("auto", "reference", "cpu"),
 }
@@ -49,8 +50,14 @@ _DATA_KEYS_OF_OTHERS = {  # what each kind of source does not read
     "files": ("name", "config_name", "revision"),
     "hub": ("path",),
 }
-_SHARES = ("jacobian.warmup_fraction", "optim.warmup_fraction", "optim.decay_fraction", "data.val_fraction")
-_NOT_NEGATIVE = ("model.layer", "data.stream_retries", "sae.mse_output_coef", "sae.auxk_coef")
+_SHARES = (
+    "jacobian.warmup_fraction",
+    "jacobian.decay_fraction",
+    "optim.warmup_fraction",
+    "optim.decay_fraction",
+    "data.val_fraction",
+)
+_NOT_NEGATIVE = ("model.layer", "jacobian.coef_scale", "data.stream_retries", "sae.mse_output_coef", "sae.auxk_coef")
 
 
 def config_dir() -> Path:
@@ -141,9 +148,10 @@ def sae_widths(cfg: DictConfig, d_model: int) -> tuple[int, int]:
 
 def jacobian_coef(cfg: DictConfig, d_model: int) -> float:
     """Return the final weight of the penalty; `auto` is the paper's 0.5 k^2 / d_model."""
-    if cfg.jacobian.coef == "auto":
-        return 0.5 * cfg.sae.k * (cfg.sae.k_output or cfg.sae.k) / d_model
-    return float(cfg.jacobian.coef)
+    coef = cfg.jacobian.coef
+    if coef == "auto":
+        coef = 0.5 * cfg.sae.k * (cfg.sae.k_output or cfg.sae.k) / d_model
+    return float(coef * cfg.jacobian.coef_scale)
 
 
 def world_size(cfg: DictConfig) -> int:
@@ -231,6 +239,11 @@ def _check_training(cfg: DictConfig) -> None:
         raise UserError(
             f"optim.decay_fraction: {cfg.optim.decay_fraction} and optim.warmup_fraction "
             f"{cfg.optim.warmup_fraction} overlap: lower one, their sum is at most 1"
+        )
+    if cfg.jacobian.warmup_fraction + cfg.jacobian.decay_fraction > 1:
+        raise UserError(
+            f"jacobian.decay_fraction: {cfg.jacobian.decay_fraction} and jacobian.warmup_fraction "
+            f"{cfg.jacobian.warmup_fraction} overlap: lower one, their sum is at most 1"
         )
     if cfg.ckpt_path not in (None, "auto") and not Path(cfg.ckpt_path).is_file():
         raise UserError(f"ckpt_path: there is no file '{cfg.ckpt_path}': give a checkpoint, auto or null")

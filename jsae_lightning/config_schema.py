@@ -81,8 +81,11 @@ class JacobianConfig:
     penalty: str = MISSING
     params: dict[str, Any] = MISSING
     coef: Any = MISSING
+    coef_scale: float = MISSING
     at: str = MISSING
+    edges: str = MISSING
     warmup_fraction: float = MISSING
+    decay_fraction: float = MISSING
 
 
 @dataclass

@@ -25,9 +25,8 @@ from jsae_lightning import jacobian_metrics, metrics
 from jsae_lightning.distributed import all_reduce_sum, rank_and_world_size
 from jsae_lightning.errors import UserError
 from jsae_lightning.frozen_mlp import FrozenMLP
-from jsae_lightning.jacobians import JACOBIAN_AT, jacobian
+from jsae_lightning.jacobians import JACOBIAN_AT, EdgePenalty, jacobian
 from jsae_lightning.metrics import Sums, add_sums, with_prefix, without_prefix
-from jsae_lightning.penalties import Penalty
 from jsae_lightning.sae import SAEPair
 from jsae_lightning.splicing import SPLICE_KEYS, Spliceable, chunks, splice_sums
 
@@ -57,7 +56,7 @@ def evaluate_pair(
     at: str,
     batch_sequences: int,
     jacobian_tokens: int | None,
-    penalty: Penalty,
+    penalty: EdgePenalty,
 ) -> Evaluation:
     """Evaluate on `tokens`; with several ranks, all must call it, and each works on its share of the sequences.
 
@@ -113,7 +112,7 @@ def evaluation_sums(
     at: str,
     batch_sequences: int,
     jacobian_tokens: int | None,
-    penalty: Penalty,
+    penalty: EdgePenalty,
 ) -> Sums:
     """Return one shard's sums: for `shard` = (rank, world_size) those of the sequences rank, rank + world_size, ...
 
@@ -180,7 +179,7 @@ def _autoencoder_sums(pair: SAEPair, mlp: FrozenMLP, mlp_in: Float[Tensor, "toke
 
 
 def _jacobian_sums(
-    pair: SAEPair, mlp: FrozenMLP, mlp_in: Float[Tensor, "tokens d_model"], at: str, penalty: Penalty
+    pair: SAEPair, mlp: FrozenMLP, mlp_in: Float[Tensor, "tokens d_model"], at: str, penalty: EdgePenalty
 ) -> Sums:
     """Sum the Jacobian's measures at both settings; penalty and histograms at the trained one."""
     sums: Sums = {}
@@ -191,7 +190,7 @@ def _jacobian_sums(
         if setting == at:
             edges = jacobian_metrics.histogram_edges()
             normalized = jacobian_metrics.rms_normalized(result.values)
-            sums["penalty"] = penalty(result.values).double() * len(mlp_in)
+            sums["penalty"] = penalty(result).double() * len(mlp_in)
             sums["histogram/abs"] = jacobian_metrics.abs_histogram(result.values, edges)
             sums["histogram/rms"] = jacobian_metrics.abs_histogram(normalized, edges)
     return sums
@@ -201,7 +200,7 @@ def _jacobian_prefix(setting: str, at: str) -> str:
     return "jacobian/" if setting == at else f"jacobian_at_{setting}/"
 
 
-def _zero_sums(pair: SAEPair, mlp: FrozenMLP, at: str, penalty: Penalty) -> Sums:
+def _zero_sums(pair: SAEPair, mlp: FrozenMLP, at: str, penalty: EdgePenalty) -> Sums:
     """All keys and shapes, as zeros: what a rank without sequences adds to the reduction."""
     token = pair.input_sae.W_enc.new_zeros(1, pair.d_model)
     sums = _autoencoder_sums(pair, mlp, token) | _jacobian_sums(pair, mlp, token, at, penalty)

@@ -20,10 +20,12 @@ from torch import Tensor
 from jsae_lightning import kernels
 from jsae_lightning.errors import UserError
 from jsae_lightning.frozen_mlp import FrozenMLP, Slopes
+from jsae_lightning.penalties import Penalty
 from jsae_lightning.sae import Latents, SAEPair, TopKSAE
 
 JacobianAt = Literal["input", "reconstruction"]
 JACOBIAN_AT: tuple[str, ...] = get_args(JacobianAt)
+PENALIZED_EDGES = ("jacobian", "contribution")
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,31 @@ class Jacobian:
     active_out: Bool[Tensor, "tokens k_out"]
     """False where TopK chose a latent whose value the ReLU set to 0."""
     active_in: Bool[Tensor, "tokens k_in"]
+    activations_in: Float[Tensor, "tokens k_in"]
+    """s_x,j of the input latents, detached; 0 where inactive."""
+
+    @property
+    def contributions(self) -> Float[Tensor, "tokens k_out k_in"]:
+        """J_ij s_j: what each edge carries to the first order."""
+        return self.values * self.activations_in[:, None, :].to(self.values.dtype)
 
     @property
     def active(self) -> Bool[Tensor, "tokens k_out k_in"]:
         """Mask of the entries whose two latents are both active."""
         return self.active_out[:, :, None] & self.active_in[:, None, :]
+
+
+EdgePenalty = Callable[[Jacobian], Float[Tensor, ""]]
+
+
+def edge_penalty(penalty: Penalty, edges: str) -> EdgePenalty:
+    """Return `penalty` as a function of a Jacobian: of J (`edges="jacobian"`) or of J_ij s_j (`contribution`).
+
+    Raises UserError for any other `edges`.
+    """
+    if edges not in PENALIZED_EDGES:
+        raise UserError(f"jacobian.edges: '{edges}' is not known: choose one of {', '.join(PENALIZED_EDGES)}")
+    return lambda result: penalty(result.contributions if edges == "contribution" else result.values)
 
 
 def jacobian(pair: SAEPair, mlp: FrozenMLP, mlp_in: Float[Tensor, "tokens d_model"], at: str = "input") -> Jacobian:
@@ -94,6 +116,7 @@ def jacobian_from_latents(
         indices_in=latents_in.indices,
         active_out=latents_out.active,
         active_in=latents_in.active,
+        activations_in=latents_in.values.detach(),
     )
 
 

@@ -12,7 +12,7 @@ from jsae_lightning.checkpoint import recount_micro_batches
 from jsae_lightning.distributed import all_reduce_max, all_reduce_sum
 from jsae_lightning.errors import UserError
 from jsae_lightning.frozen_mlp import FrozenMLP
-from jsae_lightning.jacobians import jacobian_from_latents, linearization_point
+from jsae_lightning.jacobians import edge_penalty, jacobian_from_latents, linearization_point
 from jsae_lightning.loggers import log_metrics
 from jsae_lightning.metrics import (
     Sums,
@@ -57,7 +57,8 @@ class JSAEModule(lightning.LightningModule):
         """Build the pair from `seed`.
 
         `sae` has d_sae, d_sae_output, k, k_output, subtract_b_dec, mse_output_coef, auxk_coef, auxk_k,
-        dead_after_tokens; `jacobian` penalty, params, coef (a number), at, warmup_fraction; `optim` lr, betas,
+        dead_after_tokens; `jacobian` penalty, params, coef (a number), at, edges, warmup_fraction,
+        decay_fraction; `optim` lr, betas,
         warmup_fraction, decay_fraction. All are plain values, so that checkpoints load with `weights_only=True`.
         """
         super().__init__()
@@ -68,9 +69,9 @@ class JSAEModule(lightning.LightningModule):
         self.mse_output_coef, self.auxk_coef = sae["mse_output_coef"], sae["auxk_coef"]
         self.auxk_k = sae["auxk_k"] or max(1, d_model // 2)
         self.dead_after_tokens = sae["dead_after_tokens"]
-        self.penalty = make_penalty(jacobian["penalty"], **jacobian["params"])
+        self.penalty = edge_penalty(make_penalty(jacobian["penalty"], **jacobian["params"]), jacobian["edges"])
         self.jacobian_coef, self.jacobian_at = jacobian["coef"], jacobian["at"]
-        self.coef_warmup_fraction = jacobian["warmup_fraction"]
+        self.coef_warmup_fraction, self.coef_decay_fraction = jacobian["warmup_fraction"], jacobian["decay_fraction"]
         self.optim, self.total_steps = optim, total_steps
         self.mlp: FrozenMLP | None = None
         self.register_buffer("tokens_seen", torch.zeros((), dtype=torch.int64))
@@ -122,8 +123,9 @@ class JSAEModule(lightning.LightningModule):
                     linearization_point(self.pair, mlp_in, latents_in, self.jacobian_at)
                 )
                 latents_out = self.pair.output_sae.encode(reconstructed_out)
-            values = jacobian_from_latents(self.pair, self.mlp, slopes, latents_in, latents_out).values
-            parts["jacobian_penalty"] = self.penalty(values)
+            parts["jacobian_penalty"] = self.penalty(
+                jacobian_from_latents(self.pair, self.mlp, slopes, latents_in, latents_out)
+            )
             loss = loss + self.current_coef() * parts["jacobian_penalty"]
         parts["loss"] = loss
         self._accumulate(parts, len(mlp_in))
@@ -169,7 +171,9 @@ class JSAEModule(lightning.LightningModule):
 
     def current_coef(self) -> float:
         """Return lambda(t) for the optimizer step that is being computed."""
-        return self.jacobian_coef * coef_factor(self.trainer.global_step, self.total_steps, self.coef_warmup_fraction)
+        return self.jacobian_coef * coef_factor(
+            self.trainer.global_step, self.total_steps, self.coef_warmup_fraction, self.coef_decay_fraction
+        )
 
     def configure_optimizers(self) -> Any:
         """Adam; the learning rate is a function of the optimizer step."""

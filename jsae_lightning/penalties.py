@@ -123,6 +123,36 @@ def hoyer(values: Float[Tensor, "tokens k_out k_in"]) -> Float[Tensor, ""]:
     return ((ratio - 1).masked_fill(~alive, 0.0) / (root - 1 or 1.0)).mean()
 
 
+def hoyer_rows(values: Float[Tensor, "tokens k_out k_in"]) -> Float[Tensor, ""]:
+    """1 - Hoyer sparsity of each output latent's row, (sum_j|J| / sqrt(sum_j J^2) - 1) / (sqrt(k_in) - 1).
+
+    The mean over a token's rows that are not all zeros, then over tokens: few inputs for each output, however large
+    its row is. `hoyer` can also be lowered by a few rows that hold all of the mass; this cannot. Scale-free per row; a
+    token with J = 0, and any token if k_in = 1, contributes 0. Not in the paper.
+    """
+    scaled, alive = _unit_scale(_wide(values), dims=(2,))
+    root = math.sqrt(values.shape[2])
+    ratio = root * _mean_over_root_mean_square(scaled, alive, dims=(2,))
+    dense = ((ratio - 1).masked_fill(~alive, 0.0) / (root - 1 or 1.0)).sum(dim=(1, 2))
+    return (dense / alive.sum(dim=(1, 2)).clamp(min=1)).mean()
+
+
+def hoyer_token_rows(values: Float[Tensor, "tokens k_out k_in"], *, row_weight: float = 0.5) -> Float[Tensor, ""]:
+    """Both at once, (1 - row_weight) hoyer + row_weight hoyer_rows. Not in the paper."""
+    return (1 - row_weight) * hoyer(values) + row_weight * hoyer_rows(values)
+
+
+def l1_scaled(values: Float[Tensor, "tokens k_out k_in"]) -> Float[Tensor, ""]:
+    """`l1_over_l2_token` with a detached scale: mean_ij |J_ij| / sqrt(mean_ij J_ij^2), no gradient of the denominator.
+
+    Its value is scale-free, its gradient is that of `l1` with a weight that is the same in relation to every token's
+    scale: it shrinks all entries of a token equally, the small ones to zero. Not in the paper.
+    """
+    scaled, alive = _unit_scale(_wide(values), dims=(1, 2))
+    mean_square = scaled.detach().square().mean(dim=(1, 2), keepdim=True).masked_fill(~alive, 1.0)
+    return (scaled.abs() / mean_square.sqrt()).mean()
+
+
 def l1_rows_l05(
     values: Float[Tensor, "tokens k_out k_in"], *, power: float = 0.5, eps: float = 1e-4
 ) -> Float[Tensor, ""]:
@@ -138,6 +168,7 @@ PENALTIES: dict[str, Callable[..., Float[Tensor, ""]]] = {
     function.__name__: function
     for function in (
         l1, l1_over_l2_batch, l1_over_l2_token, log, l04, exp, tanh, scad, capped_l1, kurtosis, hoyer, l1_rows_l05,
+        hoyer_rows, hoyer_token_rows, l1_scaled,
     )
 }  # fmt: skip
 
@@ -148,6 +179,7 @@ _RANGES = {
     ("l1_rows_l05", "power"): (0.0, 1.0),
     ("scad", "a"): (2.0, math.inf),
     ("tanh", "power"): (1.0, math.inf),
+    ("hoyer_token_rows", "row_weight"): (0.0, 1.0),
 }
 
 

@@ -13,10 +13,13 @@ def lr_factor(step: int, total_steps: int, warmup_fraction: float, decay_fractio
     return max(0.0, min(1.0, rising, falling))
 
 
-def coef_factor(step: int, total_steps: int, warmup_fraction: float) -> float:
+def coef_factor(step: int, total_steps: int, warmup_fraction: float, decay_fraction: float = 0.0) -> float:
     """Return the share of the final penalty weight that optimizer step number `step` (from 0) uses.
 
-    step / (warmup_fraction * total_steps), at most 1: exactly 0 at the first step. Farnik et al., appendix.
+    step / (warmup_fraction * total_steps), at most 1: exactly 0 at the first step. Farnik et al., appendix. Over the
+    last `decay_fraction` of the steps, which is ours (0 in the paper), linear to 0 as in `lr_factor`.
     """
-    warmup = round(total_steps * warmup_fraction)
-    return min(1.0, step / warmup) if warmup else 1.0
+    warmup, decay = round(total_steps * warmup_fraction), round(total_steps * decay_fraction)
+    rising = step / warmup if warmup else 1.0
+    falling = (total_steps - step) / decay if decay else 1.0
+    return max(0.0, min(1.0, rising, falling))

@@ -104,7 +104,15 @@ class ToyData(lightning.LightningDataModule):
 def make_module(total_steps: int, **jacobian: Any) -> JSAEModule:
     sae: dict[str, Any] = {"d_sae": D_SAE, "d_sae_output": None, "k": K, "k_output": None, "subtract_b_dec": False}
     sae |= {"mse_output_coef": 2.0, "auxk_coef": 0.0, "auxk_k": None, "dead_after_tokens": 100}
-    penalty = {"penalty": "l1", "params": {}, "coef": 0.5, "at": "input", "warmup_fraction": 0.5} | jacobian
+    penalty = {
+        "penalty": "l1",
+        "params": {},
+        "coef": 0.5,
+        "at": "input",
+        "edges": "jacobian",
+        "warmup_fraction": 0.5,
+        "decay_fraction": 0.0,
+    } | jacobian
     optim = {"lr": 1e-2, "betas": [0.9, 0.999], "warmup_fraction": 0.0, "decay_fraction": 0.0}
     return JSAEModule(d_model=D_MODEL, sae=sae, jacobian=penalty, optim=optim, total_steps=total_steps, seed=0)
 

@@ -73,6 +73,8 @@ BAD_CONFIG = [
     ("+jacobian.params.power=2", ["power", "l1"]),
     ("jacobian.at=output", ["jacobian.at", "output", "reconstruction"]),
     ("optim.decay_fraction=1 optim.warmup_fraction=0.1", ["optim.decay_fraction", "overlap"]),
+    ("jacobian.decay_fraction=0.97", ["jacobian.decay_fraction", "overlap"]),
+    ("jacobian.edges=values", ["jacobian.edges", "values", "contribution"]),
     ("kernels=fast", ["kernels", "fast", "reference"]),
     ("optim.betas=[0.9,7]", ["optim.betas", "7"]),
     ("trainer.accumulate_grad_batches=two", ["trainer.accumulate_grad_batches", "two"]),

@@ -37,12 +37,13 @@ def evaluate():
     from factories import make_pair
     from fake_language_model import FakeLanguageModel, make_tokens
     from jsae_lightning.evaluation import evaluate_pair
+    from jsae_lightning.jacobians import edge_penalty
     from jsae_lightning.penalties import make_penalty
 
     model = FakeLanguageModel()
     return evaluate_pair(
         make_pair(), model.mlp, model, *make_tokens(),
-        at="input", batch_sequences=2, jacobian_tokens=20, penalty=make_penalty("hoyer"),
+        at="input", batch_sequences=2, jacobian_tokens=20, penalty=edge_penalty(make_penalty("hoyer"), "jacobian"),
     )  # fmt: skip
 
 

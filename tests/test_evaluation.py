@@ -10,7 +10,7 @@ from fake_language_model import FakeLanguageModel, make_tokens
 from jsae_lightning import evaluation, jacobian_metrics, splicing
 from jsae_lightning.errors import UserError
 from jsae_lightning.evaluation import evaluate_pair, evaluation_sums, summarize
-from jsae_lightning.jacobians import jacobian
+from jsae_lightning.jacobians import edge_penalty, jacobian
 from jsae_lightning.metrics import add_sums
 from jsae_lightning.penalties import make_penalty
 from jsae_lightning.sae import SAEPair
@@ -20,7 +20,12 @@ from tiny_models import make_model_dir
 MODEL = FakeLanguageModel()
 TOKENS, INCLUDED = make_tokens()
 PAIR = make_pair(d_sae_output=24, k_output=4)
-SETTINGS = {"at": "input", "batch_sequences": 2, "jacobian_tokens": None, "penalty": make_penalty("l1")}
+SETTINGS = {
+    "at": "input",
+    "batch_sequences": 2,
+    "jacobian_tokens": None,
+    "penalty": edge_penalty(make_penalty("l1"), "jacobian"),
+}
 
 
 def evaluate(pair=PAIR, model=MODEL, tokens=TOKENS, included=INCLUDED, **settings):
@@ -197,7 +202,7 @@ def test_shards_add_up_to_the_whole(world_size, result):
 
 @pytest.mark.parametrize("penalty", ["l1", "l1_over_l2_batch"])
 def test_batches_do_not_matter(penalty):
-    settings = {"penalty": make_penalty(penalty)}
+    settings = {"penalty": edge_penalty(make_penalty(penalty), "jacobian")}
     one, all_at_once = evaluate(batch_sequences=1, **settings), evaluate(batch_sequences=100, **settings)
     assert one.metrics == pytest.approx(all_at_once.metrics, rel=1e-9)
 

@@ -6,7 +6,8 @@ import torch
 from factories import MLP_KINDS, make_mlp, make_pair, make_x
 from jsae_lightning.errors import UserError
 from jsae_lightning.frozen_mlp import FrozenMLP
-from jsae_lightning.jacobians import jacobian, jacobian_reference
+from jsae_lightning.jacobians import edge_penalty, jacobian, jacobian_reference
+from jsae_lightning.penalties import make_penalty
 from jsae_lightning.sae import SAEPair
 
 
@@ -124,3 +125,19 @@ def test_the_public_name_is_the_function():
     import jsae_lightning.jacobians
 
     assert callable(jsae_lightning.jacobian)
+
+
+def test_contributions_and_the_penalty_on_them():
+    """J_ij s_j, the activations detached: the gradient with respect to J is scaled by s_j, none reaches s_j."""
+    pair, mlp, x = make_pair(), make_mlp(), make_x()
+    found = jacobian(pair, mlp, x)
+    latents = pair.input_sae.encode(x)
+    torch.testing.assert_close(found.contributions, found.values * latents.values[:, None, :])
+    on_contributions = edge_penalty(make_penalty("l1"), "contribution")
+    torch.testing.assert_close(on_contributions(found), (found.values.abs() * latents.values[:, None]).mean())
+    torch.testing.assert_close(edge_penalty(make_penalty("l1"), "jacobian")(found), found.values.abs().mean())
+    on_contributions(found).backward()
+    assert pair.input_sae.W_enc.grad is None
+    assert (pair.input_sae.W_dec.grad != 0).any()
+    with pytest.raises(UserError, match="jacobian.edges: 'values'"):
+        edge_penalty(make_penalty("l1"), "values")

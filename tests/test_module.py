@@ -41,7 +41,16 @@ def _module(total_steps: int, sae: dict | None = None, jacobian: dict | None = N
             "dead_after_tokens": 64,
         }
         | (sae or {}),
-        jacobian={"penalty": "l1", "params": {}, "coef": 0.5, "at": "input", "warmup_fraction": 0.5} | (jacobian or {}),
+        jacobian={
+            "penalty": "l1",
+            "params": {},
+            "coef": 0.5,
+            "at": "input",
+            "edges": "jacobian",
+            "warmup_fraction": 0.5,
+            "decay_fraction": 0.0,
+        }
+        | (jacobian or {}),
         optim={"lr": 1e-2, "betas": [0.9, 0.999], "warmup_fraction": 0.2, "decay_fraction": 0.2} | (optim or {}),
         total_steps=total_steps,
         seed=0,
@@ -190,7 +199,7 @@ def test_penalty_lowers_what_it_penalizes(at, penalty):
         module = _module(60, jacobian={"coef": coef, "at": at, "penalty": penalty, "warmup_fraction": 0.1})
         data = _Data(60)
         _fit(module, data, 60)
-        return module.penalty(jacobian(module.pair, data.frozen_mlp, data.batches[0], at).values).item()
+        return module.penalty(jacobian(module.pair, data.frozen_mlp, data.batches[0], at)).item()
 
     assert final_penalty(5.0) < final_penalty(1e-9)
 

@@ -12,7 +12,9 @@ from jsae_lightning.penalties import PENALTIES, make_penalty
 # Two tokens, k_out = k_in = 2; the second has a single edge.
 J = torch.tensor([[[1.0, -3.0], [0.0, 0.2]], [[0.0, 0.0], [2.0, 0.0]]], dtype=torch.float64)
 SMOOTHED = ("log", "l04", "l1_rows_l05")
-SCALE_FREE = ("l1_over_l2_batch", "l1_over_l2_token", "kurtosis", "hoyer")
+OURS = ("hoyer_rows", "hoyer_token_rows", "l1_scaled")
+SCALE_FREE = ("l1_over_l2_batch", "l1_over_l2_token", "kurtosis", "hoyer", *OURS)
+BY_ROW = ("l1_rows_l05", "hoyer_rows", "hoyer_token_rows")
 EXACT = {"eps": 1e-300}  # switches the smoothing of powers off where a value is computed by hand
 
 
@@ -36,14 +38,17 @@ BY_HAND = {
     "kurtosis": ((10.04 / 4) ** 2 / ((1 + 81 + 0.2**4) / 4) + 0.25) / 2,
     "hoyer": (4.2 / math.sqrt(10.04) - 1) / 2,
     "l1_rows_l05": (((1 + math.sqrt(3)) / 2) ** 2 + 0.2 / 4 + 2 / 4) / 4,
+    "hoyer_rows": ((4 / math.sqrt(10) - 1) / (math.sqrt(2) - 1) / 2 + 0) / 2,  # rows of one edge cost nothing
+    "l1_scaled": (4.2 / 4 / math.sqrt(10.04 / 4) + 0.5) / 2,
 }
+BY_HAND["hoyer_token_rows"] = (BY_HAND["hoyer"] + BY_HAND["hoyer_rows"]) / 2
 
 
 def random_jacobian(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def test_every_penalty_of_the_paper_is_there():
+def test_every_penalty_of_the_paper_and_ours_is_there():
     assert set(PENALTIES) == set(BY_HAND)
 
 
@@ -59,6 +64,13 @@ def test_gradient_against_finite_differences(name):
     magnitudes = torch.tensor([0.07, 0.3, 0.8, 1.4, 2.6, 3.3], dtype=torch.float64)
     values = (magnitudes * torch.tensor([1.0, -1, 1, -1, -1, 1])).reshape(1, 2, 3).repeat(2, 1, 1)
     values[1] *= -1.02
+    if name == "l1_scaled":  # as a function of J at the scale that it detaches
+        scale = values.square().mean(dim=(1, 2), keepdim=True).sqrt()
+        values.requires_grad_()
+        (expected,) = torch.autograd.grad((values.abs() / scale).mean(), values)
+        (found,) = torch.autograd.grad(make_penalty(name)(values), values)
+        torch.testing.assert_close(found, expected)
+        return
     assert torch.autograd.gradcheck(make_penalty(name), values.requires_grad_(), eps=1e-7, atol=1e-6)
 
 
@@ -71,7 +83,8 @@ def test_zeros_cost_nothing_and_get_no_gradient(name, dtype):
     make_penalty(name)(values).backward()
     assert torch.isfinite(values.grad).all()
     assert (values.grad[values == 0] == 0).all()
-    if name not in ("tanh", "scad", "capped_l1"):  # those three are flat at the large entries
+    # The three are flat at the large entries; a row of a single edge is as sparse as a row can be.
+    if name not in ("tanh", "scad", "capped_l1", "hoyer_rows"):
         assert (values.grad[values != 0] != 0).all()
     zero = torch.zeros(3, 2, 4, dtype=dtype, requires_grad=True)
     loss = make_penalty(name)(zero)
@@ -96,8 +109,8 @@ def test_order_of_entries_does_not_matter(name):
     torch.testing.assert_close(penalty(values[:, rows][:, :, columns]), penalty(values))
     torch.testing.assert_close(penalty(-values), penalty(values))
     anywhere = values.flatten(1)[:, torch.randperm(20, generator=generator)].reshape(3, 4, 5)
-    # Only the sum over rows knows which entries share a row.
-    assert torch.isclose(penalty(anywhere), penalty(values)).item() == (name != "l1_rows_l05")
+    # Only sums over rows know which entries share a row.
+    assert torch.isclose(penalty(anywhere), penalty(values)).item() == (name not in BY_ROW)
 
 
 @pytest.mark.parametrize("name", PENALTIES)
@@ -111,7 +124,7 @@ def test_scale(name):
         assert penalty(values * 0.5) < 0.999 * penalty(values)
 
 
-@pytest.mark.parametrize("name", ["l1_over_l2_token", "kurtosis", "hoyer"])
+@pytest.mark.parametrize("name", ["l1_over_l2_token", "kurtosis", "hoyer", *OURS])
 def test_per_token_penalties_ignore_each_tokens_own_scale(name):
     values = random_jacobian(3, 4, 5)
     scaled = values * torch.tensor([0.01, 1.0, 50.0], dtype=torch.float64)[:, None, None]
@@ -120,7 +133,7 @@ def test_per_token_penalties_ignore_each_tokens_own_scale(name):
     assert batch(scaled) < 0.9 * batch(values)
 
 
-@pytest.mark.parametrize("name", ["l1_over_l2_token", "kurtosis", "hoyer", "l04", "l1_rows_l05", "log", "exp"])
+@pytest.mark.parametrize("name", ["l1_over_l2_token", "kurtosis", "hoyer", *OURS, "l04", "l1_rows_l05", "log", "exp"])
 def test_one_edge_costs_less_than_the_same_spread_out(name):
     single, spread = torch.zeros(1, 4, 4), torch.full((1, 4, 4), 0.01)
     equal_l1_norm = name in ("l04", "l1_rows_l05", "log", "exp")
@@ -149,6 +162,27 @@ def test_rows_are_sparsified_one_by_one():
     two_rows[0, 0, 0] = two_rows[0, 1, 1] = 1
     assert make_penalty("l1_rows_l05")(two_rows) < 0.6 * make_penalty("l1_rows_l05")(one_row)
     assert make_penalty("l04")(two_rows).item() == pytest.approx(make_penalty("l04")(one_row).item())
+
+
+def test_hoyer_of_rows_ignores_each_rows_scale_and_cannot_be_lowered_by_a_few_heavy_rows():
+    values, heavy = random_jacobian(2, 4, 5), torch.ones(4, 1, dtype=torch.float64)
+    heavy[2] = 100
+    torch.testing.assert_close(make_penalty("hoyer_rows")(values * heavy), make_penalty("hoyer_rows")(values))
+    assert make_penalty("hoyer")(values * heavy) < 0.8 * make_penalty("hoyer")(values)
+    assert make_penalty("hoyer_rows")(torch.ones(2, 3, 1)).item() == 0
+
+
+def test_zero_rows_are_left_out_of_the_mean_over_rows():
+    values = random_jacobian(1, 2, 4)
+    padded = torch.cat([values, torch.zeros(1, 3, 4, dtype=torch.float64)], dim=1)
+    torch.testing.assert_close(make_penalty("hoyer_rows")(padded), make_penalty("hoyer_rows")(values))
+
+
+@pytest.mark.parametrize(("row_weight", "alone"), [(1.0, "hoyer_rows"), (1e-12, "hoyer")])
+def test_row_weight_goes_from_one_to_the_other(row_weight, alone):
+    values = random_jacobian(3, 4, 5)
+    both = make_penalty("hoyer_token_rows", row_weight=row_weight)
+    torch.testing.assert_close(both(values), make_penalty(alone)(values))
 
 
 @pytest.mark.parametrize("name", PENALTIES)
@@ -192,6 +226,7 @@ def test_defaults_are_the_published_ones():
         ("l04", {"power": 1.5}, "1.5", "to 1"),
         ("tanh", {"power": 0.5}, "0.5", "from 1"),
         ("scad", {"a": 1.0}, "1.0", "from 2"),
+        ("hoyer_token_rows", {"row_weight": 1.5}, "1.5", "to 1"),
     ],
 )
 def test_mistakes_are_named_with_their_remedy(name, params, found, remedy):

@@ -30,3 +30,11 @@ def test_coef_by_hand():
     factors = [coef_factor(step, 100, 0.05) for step in range(7)]
     assert factors == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1, 1])
     assert coef_factor(0, 100, 0.0) == 1
+
+
+def test_coef_falls_at_the_end_if_asked():
+    """100 steps, 10 % warm-up, 20 % decay: full until step 80, 0 after the last."""
+    factors = [coef_factor(step, 100, 0.1, 0.2) for step in range(101)]
+    assert factors[10] == factors[80] == 1
+    assert factors[90] == pytest.approx(0.5)
+    assert factors[100] == 0
