@@ -181,7 +181,7 @@ def test_lists_in_config_agree_with_the_code():
 @pytest.mark.parametrize("experiment", ["tiny", "paper/pythia-70m", "gated/llama-3.2-1b", "none"])
 def test_a_penalty_chosen_on_the_command_line_brings_its_own_weight(experiment):
     cfg = _compose([f"experiment={experiment}", "jacobian=hoyer"])
-    assert (cfg.jacobian.penalty, cfg.jacobian.coef) == ("hoyer", 0.05)
+    assert (cfg.jacobian.penalty, cfg.jacobian.coef) == ("hoyer", 0.07)
 
 
 def test_the_default_weight_stands_at_the_knee():
