@@ -1,0 +1,112 @@
+"""Frontiers of penalties: the geometry by hand, and the files of made-up runs."""
+
+import json
+import math
+import sys
+
+import pytest
+
+from jsae_lightning import frontier as module
+from jsae_lightning.errors import UserError
+from jsae_lightning.frontier import Point, edges_at, frontier, frontier_table, lost, read_points, split_baseline
+
+
+def _metrics(ev_in: float, ev_out: float, edges: float) -> dict[str, float]:
+    return {
+        "val/explained_variance_input": ev_in,
+        "val/explained_variance_output": ev_out,
+        "jacobian/effective_edges": edges,
+        "jacobian/effective_edges_per_output": edges / 16,
+        "jacobian/edges_for_90": edges / 12,
+    }
+
+
+def test_points_that_another_beats_are_not_on_the_frontier():
+    points = [(0.05, 60.0), (0.0, 100.0), (0.02, 90.0), (0.03, 95.0), (0.1, 60.0)]
+    assert frontier(points) == [(0.0, 100.0), (0.02, 90.0), (0.05, 60.0)]
+    assert frontier(points[::-1]) == frontier(points)
+    assert frontier([]) == []
+
+
+def test_edges_between_two_points_and_beyond_them():
+    points = [(0.0, 100.0), (0.02, 90.0), (0.05, 60.0)]
+    assert edges_at(points, 0.01) == pytest.approx(95)
+    assert edges_at(points, 0.02) == pytest.approx(90)
+    assert edges_at(points, 0.03) == pytest.approx(80)
+    assert edges_at(points, 0.3) == 60
+    assert math.isnan(edges_at(points[1:], 0.01))
+
+
+def test_what_is_lost_is_the_worse_of_the_two_saes_against_the_mean_baseline():
+    points = [
+        Point("a", "l1", 0.0, _metrics(0.90, 0.80, 100)),
+        Point("b", "l1", 0.0, _metrics(0.92, 0.82, 104)),
+        Point("c", "l1", 1.0, _metrics(0.90, 0.75, 50)),
+        Point("d", "hoyer", 1.0, _metrics(0.95, 0.85, 50)),
+    ]
+    baseline, penalties = split_baseline(points)
+    assert baseline["jacobian/effective_edges"] == 102
+    assert lost(points[2], baseline) == pytest.approx(0.06)
+    assert lost(points[3], baseline) == 0
+    assert {name: [run.name for run in runs] for name, runs in penalties.items()} == {"l1": ["c"], "hoyer": ["d"]}
+
+
+def test_without_a_baseline_there_is_nothing_to_lose():
+    with pytest.raises(UserError, match=r"jacobian\.coef=0"):
+        split_baseline([Point("c", "l1", 1.0, _metrics(0.9, 0.8, 50))])
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    runs = {
+        "0": ({"penalty": "l1", "coef": 0.0}, _metrics(0.9, 0.8, 100)),
+        "1": ({"penalty": "l1", "coef": 1.0}, _metrics(0.9, 0.76, 80)),
+        "2": ({"penalty": "hoyer", "coef": 0.1, "edges": "contribution"}, _metrics(0.9, 0.78, 25)),
+        "3": ({"penalty": "hoyer", "coef": 0.1, "edges": "jacobian"}, _metrics(0.9, 0.79, 90)),
+    }
+    for name, (jacobian, metrics) in runs.items():
+        folder = tmp_path / name
+        (folder / ".hydra").mkdir(parents=True)
+        (folder / ".hydra" / "overrides.yaml").write_text("[]\n")
+        (folder / "sae_pair").mkdir()
+        (folder / "sae_pair" / "config.json").write_text(json.dumps({"jacobian": jacobian}))
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+    (tmp_path / "4" / ".hydra").mkdir(parents=True)  # a job that has not ended
+    (tmp_path / "4" / ".hydra" / "overrides.yaml").write_text("[]\n")
+    return tmp_path
+
+
+def test_a_sweep_is_read_and_ranked_by_edges_at_the_allowed_loss(sweep):
+    points = read_points([sweep])
+    assert sorted(point.penalty for point in points) == ["hoyer", "hoyer, edges=contribution", "l1", "l1"]
+    lines = frontier_table(points, ["jacobian/effective_edges"], [0.02]).splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == [
+        "none (weight 0)",
+        "hoyer, edges=contribution",
+        "hoyer",
+        "l1",
+    ]
+    assert "25.0 (4.00x)" in lines[3]
+    assert "90.0 (1.11x)" in lines[4]
+
+
+def test_the_command_writes_table_and_figures(sweep, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["jsae-frontier", str(sweep), "--loss", "0.02", "0.05"])
+    module.main()
+    assert "4.00x" in capsys.readouterr().out
+    assert "0.02 EV lost" in (sweep / "frontier.md").read_text()
+    assert (sweep / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (sweep / "frontier.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["nowhere"], "there is no such folder"), (["."], "no finished run"), (["SWEEP", "--sparsity", "a/b"], "no a/b")],
+)
+def test_mistakes_are_one_line(sweep, tmp_path_factory, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path_factory.mktemp("empty"))
+    monkeypatch.setattr(sys, "argv", ["jsae-frontier", *(str(sweep) if a == "SWEEP" else a for a in arguments)])
+    with pytest.raises(SystemExit) as error:
+        module.main()
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
