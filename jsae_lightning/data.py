@@ -115,6 +115,11 @@ class ActivationDataModule(LightningDataModule):
         """The MLP of the language model's layer."""
         return self.language_model.frozen_mlp
 
+    @property
+    def where(self) -> str:
+        """What was opened, for messages."""
+        return self._where
+
     def prepare_data(self) -> None:
         """Tokenise a table of raw text into the cache on disk: once a node, before the other ranks read it there."""
         if self._config.source in ("jsonl", "parquet", "arrow", "hub") and not self._config.streaming:

@@ -54,7 +54,7 @@ def main() -> None:
     with exit_codes(PROGRAM), _ranks():
         given = _arguments(sys.argv[1:])
         if given.compare:
-            from jsae_lightning.comparison import compare_folders
+            from jsae_lightning.comparison_files import compare_folders
 
             compare_folders(given.folders, given.overrides, out=given.out, config_dirs=given.config_dirs)
         else:
@@ -215,6 +215,12 @@ def _prepare(cfg: DictConfig, export: Path, pair_config: dict[str, Any]) -> _Pre
         )
     if remark is not None and rank == 0:
         log.warning(remark)
+    log.info(
+        "%s: judging %s tokens of %d held-out sequences",
+        data.where,
+        f"{data.val_tokens.numel():,}",
+        len(data.val_tokens),
+    )
     included = data.included(data.val_tokens).clone()
     if cfg.eval.exclude_first_position:
         included[:, 0] = False
@@ -317,6 +323,7 @@ def _ranks() -> Iterator[None]:
     level = logging.INFO if rank == 0 else logging.WARNING
     form = "[%(asctime)s][%(levelname)s] %(message)s"
     logging.basicConfig(level=level, format=form, stream=sys.stdout)
+    logging.getLogger("jsae_lightning.data").setLevel(logging.WARNING)  # it speaks of training
     if world_size == 1:
         yield
         return

@@ -66,7 +66,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _error(value: float, form: str) -> str:
-    return f"{value:.1%}" if form.endswith("%") and value >= 0.001 else format(value, ".2%" if "%" in form else ".2g")
+    return format(value, ".2%" if form.endswith("%") else ".2g")
 
 
 def _head(record: dict[str, Any]) -> list[str]:
