@@ -78,8 +78,10 @@ def _share_finding(entry: ShrinkMatched, key: str, what: str) -> str:
     threshold = key.rsplit("_", 1)[1]
     ours, theirs, matched = entry.run.figure(key), entry.baseline.figure(key), entry.figures[key]
     remaining, total = entry.remaining[key], ours.mean - theirs.mean
-    sign = direction(remaining)
-    if sign == 0:
+    sign = direction(remaining) if abs(remaining.mean) > entry.resolution[key] else 0
+    if not math.isfinite(remaining.standard_error):
+        end = "too few documents for a standard error"
+    elif sign == 0:
         end = f"within {TOLERANCE:g} standard errors, all of it is shrinkage"
     else:
         kind = "fewer entries are above it than shrinkage explains" if sign < 0 else "shrinkage alone would leave fewer"

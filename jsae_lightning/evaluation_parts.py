@@ -68,8 +68,13 @@ def run_figures(task: Task) -> PartResult:
         figures=found.figures,
         arrays=found.arrays | {"heatmap": maps, "heatmap_position": positions},
         replicates=dict(zip(found.figures, found.replicates.T, strict=True)),
-        groups={"fine_histograms": found.fine_histograms.to(torch.int64), "entries": found.entries},
+        groups={"fine_histograms": _narrow(found.fine_histograms), "entries": found.entries},
     )
+
+
+def _narrow(counts: Tensor) -> Tensor:
+    """Return counts as int32, half the size, where they all fit."""
+    return counts.to(torch.int32) if int(counts.max()) < 2**31 else counts
 
 
 PART_FUNCTIONS: dict[str, Part] = {"figures": run_figures}
