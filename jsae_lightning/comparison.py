@@ -183,6 +183,8 @@ class _Resampled:
             return math.nan
         our_means, their_means = run.replicates[MEAN_ABS].tolist(), baseline.replicates[MEAN_ABS].tolist()
         our_figures = run.replicates[key].tolist()
+        if min(len(our_means), len(their_means)) < 2:
+            return math.nan
         if is_paired(run, baseline):
             rows = zip(our_means, their_means, self._without, our_figures, strict=True)
             return _error([function(a / b, *without, figure) for a, b, without, figure in rows])

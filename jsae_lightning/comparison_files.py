@@ -49,7 +49,7 @@ def compare_folders(
     Raises:
         UserError: a folder that comes twice, and everything that `evaluate.evaluate_folder` raises.
     """
-    from jsae_lightning.evaluate import evaluate_folder
+    from jsae_lightning.evaluate import evaluate_folder, show
 
     resolved = [Path(folder).resolve() for folder in folders]
     for index, folder in enumerate(resolved):
@@ -60,9 +60,7 @@ def compare_folders(
     judged = [read_judged(evaluate_folder(folder, overrides, config_dirs=config_dirs)) for folder in folders]
     target = Path(out) if out else resolved[0].parent / "comparison"
     if rank_and_world_size()[0] == 0:
-        markdown = write_comparison(target, judged)
-        print(markdown)
-        print(f"comparison: {target / 'comparison.json'}", flush=True)
+        show([write_comparison(target, judged), f"comparison: {target / 'comparison.json'}"])
     return target / "comparison.json"
 
 

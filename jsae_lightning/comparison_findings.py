@@ -30,7 +30,7 @@ def all_findings(judged: Sequence[Judged], matched: Sequence[ShrinkMatched]) -> 
         if not run.is_traditional and find_baseline(run, judged) is None:
             findings.append(
                 f"{run.name}: none of the pairs given is a traditional one (jacobian.coef=0) of the same model, layer, "
-                "k and weights, so nothing tells shrinkage from sparsification here."
+                "weights, k and jacobian.at, so nothing tells shrinkage from sparsification here."
             )
         for entry in matched:
             if entry.run is run:
@@ -50,7 +50,8 @@ def findings_of(entry: ShrinkMatched) -> list[str]:
         + (
             "Both were judged on the same tokens: standard errors of differences are paired."
             if is_paired(run, baseline)
-            else "They were judged on different tokens: differences have the standard errors of independent samples."
+            else "They were judged on different tokens: differences have the standard errors of "
+            "independent samples (the same overrides, such as eval.tokens, for all of them would pair them)."
         )
     ]
     lines += [_share_finding(entry, key, what) for key in _SHARES if key in entry.figures]
@@ -112,16 +113,24 @@ def _verdict(directions: list[int | None], run: Judged, baseline: Judged, is_con
     than = f"{baseline.name}" + (" on random weights" if is_control else "")
     if not known:
         return f"{run.name}: too few documents to say whether it is sparser than {than}."
-    if all(value > 0 for value in known):
-        return f"{run.name} is sparser than {than} beyond shrinkage, by every scale-free measure."
-    if all(value < 0 for value in known):
-        return f"{run.name} is less sparse than {than} once shrinkage is taken out, by every scale-free measure."
-    if not any(value > 0 for value in known):
-        return f"{run.name} is no sparser than {than} beyond shrinkage: its entries are smaller, not fewer."
-    return (
-        f"{run.name} against {than}: the scale-free measures do not agree, {sum(v > 0 for v in known)} of "
-        f"{len(known)} say sparser."
+    counts = f"{sum(v > 0 for v in known)} of {len(known)} scale-free measures say sparser, " + (
+        f"{sum(v < 0 for v in known)} less sparse"
     )
+    edges = f"effective edges {_relative(run, baseline, 'jacobian/effective_edges')}"
+    if all(value > 0 for value in known):
+        return f"{run.name} is sparser than {than} beyond shrinkage ({edges}; {counts})."
+    if all(value < 0 for value in known):
+        return f"{run.name} is less sparse than {than} once shrinkage is taken out ({edges}; {counts})."
+    if not any(value > 0 for value in known):
+        smaller = direction(difference(run, baseline, "jacobian/mean_abs")) < 0
+        end = ": its entries are smaller, not fewer" if smaller else ""
+        return f"{run.name} is no sparser than {than} beyond shrinkage{end} ({edges}; {counts})."
+    return f"{run.name} against {than}: the scale-free measures do not agree ({edges}; {counts})."
+
+
+def _relative(run: Judged, baseline: Judged, key: str) -> str:
+    ours, theirs = run.figure(key).mean, baseline.figure(key).mean
+    return f"{(ours / theirs - 1) * 100:+.1f} %" if theirs else "-"
 
 
 def _figure(figure: Figure, form: str) -> str:

@@ -35,6 +35,7 @@ from jsae_lightning.evaluate_config import (
 )
 from jsae_lightning.help import eval_help_text
 from jsae_lightning.launch import exit_codes
+from jsae_lightning.processes import is_rank_zero
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +59,9 @@ def main() -> None:
 
             compare_folders(given.folders, given.overrides, out=given.out, config_dirs=given.config_dirs)
         else:
-            evaluate(given.folders[0], given.overrides, out=given.out, config_dirs=given.config_dirs)
+            path = evaluate(given.folders[0], given.overrides, out=given.out, config_dirs=given.config_dirs)
+            if is_rank_zero():
+                show([path.with_name("eval.md").read_text(encoding="utf-8"), f"results: {path}"])
 
 
 def evaluate_folder(folder: str | Path, overrides: Sequence[str] = (), *, config_dirs: Sequence[str] = ()) -> Path:
@@ -93,9 +96,9 @@ def evaluate_folder(folder: str | Path, overrides: Sequence[str] = (), *, config
 def evaluate(
     folder: str | Path, overrides: Sequence[str], *, out: str | None = None, config_dirs: Sequence[str] = ()
 ) -> Path:
-    """Evaluate a pair, write its folder of results and print its tables; return the path of `eval.json`.
+    """Evaluate a pair and write its folder of results; return the path of `eval.json`.
 
-    With several ranks all must call it; rank 0 alone writes and prints. Arguments as for `evaluate_folder`; `out` is
+    With several ranks all must call it; rank 0 alone writes. Arguments as for `evaluate_folder`; `out` is
     another name for the override `eval.out`.
     """
     from jsae_lightning.checkpoint import find_export, read_pair_config
@@ -145,12 +148,16 @@ def evaluate(
                 "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             }
             record = _record(folder, pair_config, evaluation)
-            markdown = write_evaluation(temporary, record, merge(results))
+            write_evaluation(temporary, record, merge(results))
             _keep_explanations(target, temporary, evaluation["pair_hash"])
-    if rank == 0:
-        print(markdown)
-        print(f"results: {target / EVAL_JSON}", flush=True)
     return target / EVAL_JSON
+
+
+def show(texts: Sequence[str]) -> None:
+    """Print texts, with escapes for what the terminal's encoding lacks."""
+    encoding = sys.stdout.encoding or "utf-8"
+    for text in texts:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ FORMAT_VERSION = 1
 EVAL_JSON = "eval.json"
 
 
-def write_evaluation(folder: Path, record: dict[str, Any], result: PartResult) -> str:
-    """Write everything to a folder that exists; return the text of `eval.md`.
+def write_evaluation(folder: Path, record: dict[str, Any], result: PartResult) -> None:
+    """Write everything to a folder that exists.
 
     `record` is what `eval.json` says of the pair and the evaluation, without figures and curves, which are added.
     `groups.safetensors` has what the comparison of two pairs needs: `replicates` (groups, figures), float64, the
@@ -30,8 +30,7 @@ def write_evaluation(folder: Path, record: dict[str, Any], result: PartResult) -
     record = record | {"figures": figures_to_json(result.figures), "curves": finite(result.curves)}
     text = json.dumps(record, indent=2, allow_nan=False) + "\n"
     (folder / EVAL_JSON).write_text(text, encoding="utf-8")
-    markdown = evaluation_markdown(record)
-    (folder / "eval.md").write_text(markdown, encoding="utf-8")
+    (folder / "eval.md").write_text(evaluation_markdown(record), encoding="utf-8")
     save_file({name: tensor.contiguous() for name, tensor in result.arrays.items()}, folder / "arrays.safetensors")
     names = list(result.replicates)
     groups = dict(result.groups)
@@ -40,7 +39,6 @@ def write_evaluation(folder: Path, record: dict[str, Any], result: PartResult) -
     metadata = {"figures": json.dumps(names)}
     save_file({name: tensor.contiguous() for name, tensor in groups.items()}, folder / "groups.safetensors", metadata)
     _write_tensorboard(folder / "tensorboard", result.figures)
-    return markdown
 
 
 def read_record(path: Path) -> dict[str, Any]:

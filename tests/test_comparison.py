@@ -90,7 +90,8 @@ def test_merely_smaller(judge):
         assert abs(rest.mean) <= matched.resolution[key] < 0.01
         assert run.figure(key).mean < 0.9 * baseline.figure(key).mean
     findings = compare([run, baseline])[0]["findings"]
-    assert "run is no sparser than base beyond shrinkage: its entries are smaller, not fewer." in findings
+    start = "run is no sparser than base beyond shrinkage: its entries are smaller, not fewer (effective edges +0.0 %"
+    assert any(line.startswith(start) or line.startswith(start.replace("+", "-")) for line in findings)
     shares = [line for line in findings if "share of |J|" in line]
     assert len(shares) == 2
     assert all("all of it is shrinkage" in line for line in shares)
@@ -100,7 +101,10 @@ def test_really_sparser(judge):
     base = draw()
     run, baseline = judge(only_the_largest(draw(1))), judge(base, "base", coef=0.0)
     record, (matched,) = compare([run, baseline])
-    assert "run is sparser than base beyond shrinkage, by every scale-free measure." in record["findings"]
+    edges = (run.figure("jacobian/effective_edges").mean / baseline.figure("jacobian/effective_edges").mean - 1) * 100
+    verdict = f"run is sparser than base beyond shrinkage (effective edges {edges:+.1f} %; 4 of 4 scale-free measures "
+    assert edges < -30
+    assert any(line.startswith(verdict) for line in record["findings"])
     key = "jacobian/share_above_0.01"
     assert matched.remaining[key].mean < -2 * matched.remaining[key].standard_error
     (line,) = [line for line in record["findings"] if "share of |J| > 0.01" in line]
@@ -193,6 +197,19 @@ def test_the_files_of_a_comparison(judge, tmp_path):
     assert matched["figures"]["jacobian/share_above_0.01"].keys() == {"mean", "standard_error"}
     assert (tmp_path / "comparison" / "comparison.md").read_text() == text
     assert all(finding in text for finding in record["findings"])
+
+
+def test_entries_that_are_larger_and_no_fewer(judge):
+    findings = compare([judge(2 * draw()), judge(draw(), "base", coef=0.0)])[0]["findings"]
+    (line,) = [line for line in findings if line.startswith("run is no sparser than base beyond shrinkage")]
+    assert "smaller" not in line
+
+
+def test_one_group_tells_nothing_beyond_the_figures(judge):
+    findings = compare([judge(draw()[:1]), judge(draw(1)[:1], "base", coef=0.0)])[0]["findings"]
+    assert "run: too few documents to say whether it is sparser than base." in findings
+    assert any("too few documents for a standard error" in line for line in findings)
+    assert not any("nan" in line for line in findings)
 
 
 def test_the_order_of_the_pairs_does_not_matter(judge):
