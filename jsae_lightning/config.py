@@ -25,7 +25,7 @@ PENALTIES = (
     "l1", "l1_over_l2_batch", "l1_over_l2_token", "log", "l04", "exp", "tanh", "scad", "capped_l1", "kurtosis",
     "hoyer", "l1_rows_l05",
 )  # fmt: skip
-CHOICES: dict[str, tuple[Any, ...]] = {
+_CHOICES: dict[str, tuple[Any, ...]] = {
     "model.dtype": ("float32", "bfloat16", "float16"),
     "model.random_weights": (True, False, "full"),
     "data.source": SOURCES,
@@ -84,7 +84,7 @@ def check_config(cfg: DictConfig) -> None:
         for key in cfg[section]:
             if OmegaConf.is_missing(cfg[section], key):
                 raise UserError(f"{section}.{key}: has no value and no default: give {section}.{key}=...")
-    check_values(cfg, CHOICES, _POSITIVE)
+    check_values(cfg, _CHOICES, _POSITIVE)
     if len(cfg.optim.betas) != 2 or not all(0 <= beta < 1 for beta in cfg.optim.betas):
         raise UserError(f"optim.betas: {list(cfg.optim.betas)} are not two numbers from 0 to 1: give [0.9, 0.999]")
     for key in _SHARES:
@@ -101,9 +101,14 @@ def check_config(cfg: DictConfig) -> None:
             _check_constructor(node_key, node)
 
 
-def check_values(cfg: DictConfig, choices: dict[str, tuple[Any, ...]], positive: Iterable[str]) -> None:
+def choices(*starts: str) -> dict[str, tuple[Any, ...]]:
+    """Return the keys that start with one of these, and that have one of some values, with these values."""
+    return {key: allowed for key, allowed in _CHOICES.items() if key.startswith(starts)}
+
+
+def check_values(cfg: DictConfig, allowed_values: dict[str, tuple[Any, ...]], positive: Iterable[str]) -> None:
     """Check keys that have one of some values, and keys that are a number above zero or null."""
-    for key, allowed in choices.items():
+    for key, allowed in allowed_values.items():
         if (value := OmegaConf.select(cfg, key)) not in allowed:
             raise UserError(f"{key}: '{value}' is not known: choose one of {', '.join(map(str, allowed))}")
     for key in positive:

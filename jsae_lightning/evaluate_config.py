@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from jsae_lightning.config import CHOICES, check_data, check_values, config_dir, register, to_dict
+from jsae_lightning.config import check_data, check_values, choices, config_dir, register, to_dict
 from jsae_lightning.config_schema import DataConfig, ModelConfig
 from jsae_lightning.errors import UserError
 
@@ -153,9 +153,7 @@ def _check(cfg: DictConfig) -> None:
         for key in cfg[section]:
             if OmegaConf.is_missing(cfg[section], key):
                 raise UserError(f"{section}.{key}: has no value and no default: give {section}.{key}=...")
-    keys = [key for key in CHOICES if key.startswith(("data.", "model."))]
-    choices = {key: CHOICES[key] for key in [*keys, "kernels"]} | {"device": ("auto", "cpu", "cuda")}
-    check_values(cfg, choices, _POSITIVE)
+    check_values(cfg, choices("data.", "model.", "kernels") | {"device": ("auto", "cpu", "cuda")}, _POSITIVE)
     if not 0 <= cfg.data.val_fraction <= 1:
         raise UserError(f"data.val_fraction: {cfg.data.val_fraction} is not a share: give a number from 0 to 1")
     if cfg.model.path is not None and not Path(cfg.model.path).is_dir():

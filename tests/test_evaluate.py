@@ -195,6 +195,15 @@ def test_a_stream_is_not_judged_on_what_it_was_trained_on(finished):
     assert held_out_sequences(own, pair, 16) == (100, None)
 
 
+def test_every_part_has_a_function():
+    from jsae_lightning import evaluate_config, evaluation_parts
+
+    assert tuple(evaluation_parts.PART_FUNCTIONS) == evaluate_config.PARTS
+    one = evaluation_parts.PartResult(arrays={"a": torch.zeros(1)})
+    with pytest.raises(ValueError, match="part second: arrays has a"):
+        evaluation_parts.merge({"first": one, "second": one})
+
+
 # The command line
 
 
