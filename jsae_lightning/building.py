@@ -1,12 +1,10 @@
 """Turn a checked configuration into an experiment: data module, LightningModule, trainer."""
 
 import logging
-import platform
 import signal
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import lightning
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from jsae_lightning import __version__, kernels
+from jsae_lightning import kernels
 from jsae_lightning.architecture import read_architecture
 from jsae_lightning.atomic_files import remove_leftovers
 from jsae_lightning.callbacks.checkpointing import AtomicCheckpointIO
@@ -25,6 +23,7 @@ from jsae_lightning.errors import UserError
 from jsae_lightning.module import JSAEModule
 from jsae_lightning.rank_watch import RankWatch
 from jsae_lightning.summary import final_metrics, print_summary, write_metrics_json
+from jsae_lightning.versions import package_versions
 
 log = logging.getLogger(__name__)
 
@@ -101,14 +100,7 @@ class Experiment:
             "data": to_dict(self.cfg.data),
             "tokens_seen": int(self.module.tokens_seen),
             "seed": self.cfg.seed,
-            "versions": {
-                "jsae_lightning": __version__,
-                "python": platform.python_version(),
-                **{
-                    name: version(name)
-                    for name in ("torch", "lightning", "transformers", "transformer-lens", "datasets")
-                },
-            },
+            "versions": package_versions(),
         }
 
 

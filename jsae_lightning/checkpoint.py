@@ -169,9 +169,7 @@ def load_run(folder: str | Path, *, device: str | torch.device = "cpu") -> Run:
     The MLP is loaded by the same path as in training; raises UserError if its weights' hash differs.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder: give a run's folder or an exported pair's")
-    export = folder / "sae_pair" if (folder / "sae_pair").is_dir() else folder
+    export = find_export(folder)
     config = read_pair_config(export)
     model = config.get("model")
     if not model:
@@ -184,12 +182,24 @@ def load_run(folder: str | Path, *, device: str | torch.device = "cpu") -> Run:
         random_weights=model["random_weights"],
         seed=model["random_seed"],
     )
+    check_mlp_hash(mlp, model)
+    return Run(load_pair(export, device=device), mlp.to(device), config, folder)
+
+
+def find_export(folder: Path) -> Path:
+    """Return the folder of the exported pair: `sae_pair/` of a run, or the folder itself; UserError if it is none."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder: give a run's folder or an exported pair's")
+    return folder / "sae_pair" if (folder / "sae_pair").is_dir() else folder
+
+
+def check_mlp_hash(mlp: FrozenMLP, model: dict[str, Any]) -> None:
+    """Raise UserError if these are not the weights that the pair was trained on; `model` is that of `config.json`."""
     if (found := mlp.weights_hash()) != model["mlp_hash"]:
         raise UserError(
             f"{model['name']}: the MLP's weights (hash {found[:12]}) are not those that the pair was trained on "
             f"({model['mlp_hash'][:12]}): use the same model and revision"
         )
-    return Run(load_pair(export, device=device), mlp.to(device), config, folder)
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:

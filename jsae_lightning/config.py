@@ -7,7 +7,7 @@ import ast
 import hashlib
 import importlib.util
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +91,7 @@ def check_config(cfg: DictConfig) -> None:
         for key in cfg[section]:
             if OmegaConf.is_missing(cfg[section], key):
                 raise UserError(f"{section}.{key}: has no value and no default: give {section}.{key}=...")
-    for key, allowed in _CHOICES.items():
-        if (value := OmegaConf.select(cfg, key)) not in allowed:
-            raise UserError(f"{key}: '{value}' is not known: choose one of {', '.join(map(str, allowed))}")
-    for key in _POSITIVE:
-        value = OmegaConf.select(cfg, key)
-        if value is not None and not (_is_number(value) and value > 0):
-            raise UserError(f"{key}: '{value}' is not above zero: give a positive number")
+    check_values(cfg, _CHOICES, _POSITIVE)
     if len(cfg.optim.betas) != 2 or not all(0 <= beta < 1 for beta in cfg.optim.betas):
         raise UserError(f"optim.betas: {list(cfg.optim.betas)} are not two numbers from 0 to 1: give [0.9, 0.999]")
     for key in _SHARES:
@@ -107,11 +101,27 @@ def check_config(cfg: DictConfig) -> None:
         if OmegaConf.select(cfg, key) < 0:
             raise UserError(f"{key}: {OmegaConf.select(cfg, key)} is negative: give 0 or more")
     _check_model(cfg)
-    _check_data(cfg)
+    check_data(cfg)
     _check_training(cfg)
     for key in ("trainer", "callbacks", "logger"):
         for node_key, node in _target_nodes(cfg[key], key):
             _check_constructor(node_key, node)
+
+
+def choices(*starts: str) -> dict[str, tuple[Any, ...]]:
+    """Return the keys that start with one of these, and that have one of some values, with these values."""
+    return {key: allowed for key, allowed in _CHOICES.items() if key.startswith(starts)}
+
+
+def check_values(cfg: DictConfig, allowed_values: dict[str, tuple[Any, ...]], positive: Iterable[str]) -> None:
+    """Check keys that have one of some values, and keys that are a number above zero or null."""
+    for key, allowed in allowed_values.items():
+        if (value := OmegaConf.select(cfg, key)) not in allowed:
+            raise UserError(f"{key}: '{value}' is not known: choose one of {', '.join(map(str, allowed))}")
+    for key in positive:
+        value = OmegaConf.select(cfg, key)
+        if value is not None and not (_is_number(value) and value > 0):
+            raise UserError(f"{key}: '{value}' is not above zero: give a positive number")
 
 
 def check_architecture(cfg: DictConfig) -> None:
@@ -210,7 +220,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _check_data(cfg: DictConfig) -> None:
+def check_data(cfg: DictConfig) -> None:
+    """Check that the keys of `data` fit its source."""
     local = cfg.data.source in SOURCES[1:-1]
     for key in _DATA_KEYS_OF_OTHERS[cfg.data.source if cfg.data.source in ("stdlib", "hub") else "files"]:
         if cfg.data[key] not in (None, False):

@@ -21,6 +21,7 @@ from torch import Tensor
 from jsae_lightning.activation_buffer import ActivationLoader, BlockGeometry, sequences_per_shard
 from jsae_lightning.activation_cache import ActivationCache, check_cache_dir, open_cache
 from jsae_lightning.config_schema import make_data_config
+from jsae_lightning.documents import document_ids, find_separators
 from jsae_lightning.errors import UserError
 from jsae_lightning.frozen_mlp import FrozenMLP
 from jsae_lightning.language_model import Architecture, LanguageModel, load_tokenizer, read_architecture
@@ -61,6 +62,7 @@ class _Sequences:
     probe: Tensor
     num: int | None
     val_tokens: Tensor
+    is_val_contiguous: bool
     note: str = ""
 
 
@@ -86,6 +88,7 @@ class ActivationDataModule(LightningDataModule):
         seed: int,
         num_batches: int,
         micro_batches: int,
+        device: torch.device | str = "cpu",
     ) -> None:
         """Keep the settings; nothing is read before `setup`.
 
@@ -95,6 +98,7 @@ class ActivationDataModule(LightningDataModule):
             seed: of the order of the sequences and the shuffling of activations.
             num_batches: batches (optimizer steps) in all, of `data["batch_tokens"]` tokens over all ranks.
             micro_batches: micro-batches that make one batch on each rank.
+            device: of the language model where there is no trainer, whose own device counts.
 
         Raises:
             UserError: a key of `data` is missing or unknown.
@@ -102,7 +106,7 @@ class ActivationDataModule(LightningDataModule):
         super().__init__()
         self._model, self._config = dict(model), make_data_config(data)
         self._seed, self._num_batches, self._micro_batches = seed, num_batches, micro_batches
-        self._rank, self._world_size = 0, 1
+        self._rank, self._world_size, self._device = 0, 1, device
         self._sequences: _Sequences | None = None
         self._cache: ActivationCache | None = None
 
@@ -110,6 +114,11 @@ class ActivationDataModule(LightningDataModule):
     def frozen_mlp(self) -> FrozenMLP:
         """The MLP of the language model's layer."""
         return self.language_model.frozen_mlp
+
+    @property
+    def where(self) -> str:
+        """What was opened, for messages."""
+        return self._where
 
     def prepare_data(self) -> None:
         """Tokenise a table of raw text into the cache on disk: once a node, before the other ranks read it there."""
@@ -119,7 +128,7 @@ class ActivationDataModule(LightningDataModule):
                 self._make_sequences(source)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the data, pack them, then load the language model on the trainer's device (CPU without a trainer).
+        """Open the data, pack them, then load the language model on the trainer's device (without one: `device`).
 
         May be called again, which does nothing.
 
@@ -128,7 +137,7 @@ class ActivationDataModule(LightningDataModule):
         """
         if self._sequences is not None:
             return
-        device: torch.device | str = "cpu"
+        device = self._device
         if self.trainer is not None:
             self._rank, self._world_size = self.trainer.global_rank, self.trainer.world_size
             device = self.trainer.strategy.root_device
@@ -179,6 +188,12 @@ class ActivationDataModule(LightningDataModule):
     def included(self, tokens: Int64[Tensor, "sequences context_length"]) -> Bool[Tensor, "sequences context_length"]:
         """Mask of the positions that SAEs are trained on and judged at."""
         return self._mask(tokens)
+
+    def val_documents(self) -> Int64[Tensor, "sequences context_length"]:
+        """Return the document that each position of `val_tokens` belongs to; see `documents` for what is assumed."""
+        assert self._sequences is not None, "setup() comes first"
+        separators = find_separators(self._encoder.packing, self.tokenizer, holds_tokens=self._encoder.holds_tokens)
+        return document_ids(self.val_tokens, separators, contiguous=self._sequences.is_val_contiguous)
 
     def describe(self) -> str:
         """Two lines: the data and how often training goes through them; the buffer's memory."""
@@ -254,20 +269,26 @@ class ActivationDataModule(LightningDataModule):
         val_arrays, _ = encode_until(self._encoder, source.val.data, 16 * wanted)
         val = PackedSequences(ArrayRows(val_arrays), self._encoder.packing)
         note = "" if is_all else ", of as many documents as training needs"
-        return self._random_access(packed, val.spread(self._config.val_sequences), note)
+        return self._random_access(packed, *self._spread(val), note)
 
     def _from_table(self, source: Source) -> _Sequences:
         fraction = self._config.val_fraction if source.val is None else None
         packed, val, left_out = pack_table(source.train, self._encoder, val_fraction=fraction)
         if val is not None:
-            val_tokens = val.spread(self._config.val_sequences)
+            val_tokens, is_contiguous = self._spread(val)
         else:
             assert source.val is not None
-            val_tokens, _ = first_sequences(source.val, self._cutting(source.val), self._config.val_sequences)
+            encoder = self._cutting(source.val)
+            val_tokens, _ = first_sequences(source.val, encoder, self._config.val_sequences)
+            is_contiguous = not encoder.cut
         note = f", {left_out:,} rows next to held-out ones left out" if left_out else ""
-        return self._random_access(packed, val_tokens, note)
+        return self._random_access(packed, val_tokens, is_contiguous, note)
 
-    def _random_access(self, packed: PackedSequences, val_tokens: Tensor, note: str) -> _Sequences:
+    def _spread(self, val: PackedSequences) -> tuple[Tensor, bool]:
+        """The held-out sequences that are used, and whether each goes on where the one before it stopped."""
+        return val.spread(self._config.val_sequences), len(val) <= self._config.val_sequences
+
+    def _random_access(self, packed: PackedSequences, val_tokens: Tensor, is_contiguous: bool, note: str) -> _Sequences:
         if not len(packed):
             raise UserError(
                 f"data.context_length: {self._context_length}, but the training documents of {self._where} hold only "
@@ -278,13 +299,15 @@ class ActivationDataModule(LightningDataModule):
         def make_train() -> ShuffledSequences:
             return ShuffledSequences(packed, self._seed)
 
-        return _Sequences(make_train, packed.spread(_PROBED_SEQUENCES), len(packed), val_tokens, note)
+        return _Sequences(make_train, packed.spread(_PROBED_SEQUENCES), len(packed), val_tokens, is_contiguous, note)
 
     def _from_stream(self, source: Source) -> _Sequences:
         encoder, wanted = self._cutting(source.train), self._config.val_sequences
         skip_rows, skip_digests = 0, frozenset[bytes]()
+        val_encoder = encoder
         if source.val is not None:
-            val_tokens, _ = first_sequences(source.val, self._cutting(source.val), wanted)
+            val_encoder = self._cutting(source.val)
+            val_tokens, _ = first_sequences(source.val, val_encoder, wanted)
         else:
             val_tokens, held_out = first_sequences(source.train, encoder, wanted)
             skip_rows = rows_to_skip(source.train, held_out, getattr(self.tokenizer, "eos_token_id", None))
@@ -301,7 +324,7 @@ class ActivationDataModule(LightningDataModule):
                 f"{self._where}, and not one is left to train on: lower it, give more data or a data.val_split"
             ) from error
         note = f", its first {skip_rows:,} rows held out" if skip_rows else ""
-        return _Sequences(make_train, probe, None, val_tokens, note)
+        return _Sequences(make_train, probe, None, val_tokens, not val_encoder.cut, note)
 
     def _cutting(self, rows: Rows) -> Encoder:
         """The encoder for rows that are read in order: the first ones tell whether rows are cut or joined."""

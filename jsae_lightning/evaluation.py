@@ -124,14 +124,14 @@ def evaluation_sums(
     if jacobian_tokens is not None:
         for_jacobian = included & (included.flatten().cumsum(0).view_as(included) <= jacobian_tokens)
     rank, world_size = shard
-    with _evaluation_mode(pair, mlp), torch.autocast(device.type, enabled=False):
+    with evaluation_mode(pair, mlp), torch.autocast(device.type, enabled=False):
         sums = _zero_sums(pair, mlp, at, penalty)
         mine = list(range(rank, len(tokens), world_size))
         for start in range(0, len(mine), batch_sequences):
             batch = mine[start : start + batch_sequences]
             batch_tokens, mask = tokens[batch].to(device), included[batch].to(device)
             mlp_in = language_model.mlp_in(batch_tokens).to(dtype)
-            sums = add_sums(sums, _autoencoder_sums(pair, mlp, mlp_in[mask]))
+            sums = add_sums(sums, autoencoder_sums(pair, mlp, mlp_in[mask]))
             sums = add_sums(sums, with_prefix("splice/", splice_sums(pair, language_model, batch_tokens, mask)))
             # By sequence, so that a penalty that is no mean over tokens depends neither on batches nor on ranks.
             for sequence, chosen in zip(mlp_in, for_jacobian[batch].to(device), strict=True):
@@ -153,7 +153,7 @@ def summarize(sums: Sums, at: str) -> Evaluation:
     losses = metrics.splice_metrics(without_prefix("splice/", sums))
     figures |= {f"val/{key}": value for key, value in losses.items()}
     for setting in JACOBIAN_AT:
-        prefix = _jacobian_prefix(setting, at)
+        prefix = jacobian_prefix(setting, at)
         means = jacobian_metrics.jacobian_means(without_prefix(prefix, sums))
         figures |= {prefix + key: value for key, value in means.items()}
     figures["val/penalty"] = metrics.ratio(sums["penalty"].item(), sums["jacobian/tokens"].item())
@@ -166,7 +166,7 @@ def summarize(sums: Sums, at: str) -> Evaluation:
     )
 
 
-def _autoencoder_sums(pair: SAEPair, mlp: FrozenMLP, mlp_in: Float[Tensor, "tokens d_model"]) -> Sums:
+def autoencoder_sums(pair: SAEPair, mlp: FrozenMLP, mlp_in: Float[Tensor, "tokens d_model"]) -> Sums:
     """Sum reconstruction and firing of both SAEs: the input SAE on x, the output SAE on the true y = f(x)."""
     sums: Sums = {}
     for x in chunks(mlp_in, max(pair.input_sae.d_sae, pair.output_sae.d_sae, mlp.d_mlp)):
@@ -186,7 +186,7 @@ def _jacobian_sums(
     for setting in JACOBIAN_AT:
         result = jacobian(pair, mlp, mlp_in, at=setting)
         measures = jacobian_metrics.jacobian_sums(result.values, result.active_out, result.active_in)
-        sums |= with_prefix(_jacobian_prefix(setting, at), measures)
+        sums |= with_prefix(jacobian_prefix(setting, at), measures)
         if setting == at:
             edges = jacobian_metrics.histogram_edges()
             normalized = jacobian_metrics.rms_normalized(result.values)
@@ -196,20 +196,21 @@ def _jacobian_sums(
     return sums
 
 
-def _jacobian_prefix(setting: str, at: str) -> str:
+def jacobian_prefix(setting: str, at: str) -> str:
+    """Return the family of figures that a setting of `jacobian.at` is reported under, `at` being the trained one."""
     return "jacobian/" if setting == at else f"jacobian_at_{setting}/"
 
 
 def _zero_sums(pair: SAEPair, mlp: FrozenMLP, at: str, penalty: EdgePenalty) -> Sums:
     """All keys and shapes, as zeros: what a rank without sequences adds to the reduction."""
     token = pair.input_sae.W_enc.new_zeros(1, pair.d_model)
-    sums = _autoencoder_sums(pair, mlp, token) | _jacobian_sums(pair, mlp, token, at, penalty)
+    sums = autoencoder_sums(pair, mlp, token) | _jacobian_sums(pair, mlp, token, at, penalty)
     sums |= {f"splice/{key}": token.new_zeros((), dtype=torch.float64) for key in SPLICE_KEYS}
     return {key: torch.zeros_like(value) for key, value in sums.items()}
 
 
 @contextmanager
-def _evaluation_mode(*modules: nn.Module) -> Iterator[None]:
+def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
     """Put modules and their submodules into eval mode, and restore each one's own flag afterwards."""
     flags = {member: member.training for module in modules for member in module.modules()}
     try:

@@ -1,4 +1,4 @@
-"""What `jsae-train --help` prints: Hydra's own takes two seconds to list the same groups."""
+"""What `--help` prints for `jsae-train` and `jsae-eval`: Hydra's own takes two seconds to list the same groups."""
 
 import textwrap
 from pathlib import Path
@@ -23,6 +23,27 @@ _MORE = """
   --cfg job            print the configuration that the arguments compose, with every key
   --hydra-help         Hydra's own options
 """
+_EVAL_USAGE = """\
+usage: jsae-eval FOLDER [GROUP=CHOICE ...] [KEY=VALUE ...] [--out DIR] [--config-dir DIR]
+       jsae-eval --compare FOLDER FOLDER ... [KEY=VALUE ...] [--out DIR]
+
+Judge a trained pair on held-out tokens; FOLDER is a run's, or an exported pair's (sae_pair/).
+Without overrides: on the held-out tokens of its own training. Results go to FOLDER/eval.
+
+  jsae-eval logs/runs/DATE eval.tokens=1e6                       on more tokens
+  jsae-eval logs/runs/DATE data=c4 eval.exclude_first_position=true
+  jsae-eval logs/runs/DATE model.path=DIR                        the language model has moved
+  jsae-eval --compare RUN BASELINE                               sparser, or only smaller? (BASELINE: jacobian.coef=0)
+  torchrun --nproc-per-node 2 -m jsae_lightning.evaluate FOLDER  the sequences shared out to two processes
+
+"""
+_EVAL_MORE = """
+  --compare            evaluate what is not evaluated yet, and compare; results go to comparison/ or --out
+  --out DIR            where the results go
+  --config-dir DIR     your own configuration files, beside the package's
+
+Keys, with what they are set to:
+"""
 _NOT_CHOSEN = {"paths", "hydra", "eval", "checkpoint", "callbacks", "optim", "sae", "slurm"}
 
 
@@ -35,6 +56,14 @@ def help_text(config_dir: Path) -> str:
     launchers = sorted(path.stem for path in (config_dir / "hydra" / "launcher").glob("*_*.yaml"))
     lines += _wrapped("hydra/launcher", launchers)
     return _USAGE + "\n".join(lines) + "\n" + _MORE
+
+
+def eval_help_text(config_dir: Path) -> str:
+    """Return the help of `jsae-eval`: usage, the choices of `data`, and the keys of `conf/eval.yaml`."""
+    choices = sorted(path.stem for path in (config_dir / "data").glob("*.yaml") if path.stem != "base")
+    keys = (config_dir / "eval.yaml").read_text(encoding="utf-8").partition("\neval:\n")[2]
+    lines = ["eval:", *keys.rstrip().splitlines()]
+    return _EVAL_USAGE + "\n".join([*_wrapped("data", choices), _EVAL_MORE + "\n".join(f"  {line}" for line in lines)])
 
 
 def _wrapped(name: str, choices: list[str]) -> list[str]:

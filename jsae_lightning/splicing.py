@@ -97,13 +97,30 @@ def splice_sums(
     Returns:
         Float64 scalars under SPLICE_KEYS, for `metrics.splice_metrics`.
     """
-    positions = included[:, :-1].nonzero()
+    return splice_sums_of(pair, language_model, tokens, included, [included])[0]
+
+
+def splice_sums_of(
+    pair: SAEPair,
+    language_model: Spliceable,
+    tokens: Int[Tensor, "batch seq"],
+    included: Bool[Tensor, "batch seq"],
+    judged: list[Bool[Tensor, "batch seq"]],
+) -> list[Sums]:
+    """Return `splice_sums` over each of several sets of positions, with all `included` ones spliced for all of them.
+
+    What a position's loss is depends on every splice before it, so a part of the positions is judged with the whole
+    sequence spliced. The forward passes are made once, however many sets there are.
+    """
+    positions = [mask[:, :-1].nonzero() for mask in judged]
     clean_logits = language_model.logits(tokens)
-    sums = {"positions": clean_logits.new_tensor(len(positions), dtype=torch.float64)}
-    sums["ce_clean"], _ = _losses(clean_logits, None, tokens, positions)
+    sums = [{"positions": clean_logits.new_tensor(len(part), dtype=torch.float64)} for part in positions]
+    for entry, part in zip(sums, positions, strict=True):
+        entry["ce_clean"], _ = _losses(clean_logits, None, tokens, part)
     for variant, replace in splices(pair, included).items():
         logits = language_model.logits(tokens, **replace)
-        sums[f"ce_{variant}"], sums[f"kl_{variant}"] = _losses(logits, clean_logits, tokens, positions)
+        for entry, part in zip(sums, positions, strict=True):
+            entry[f"ce_{variant}"], entry[f"kl_{variant}"] = _losses(logits, clean_logits, tokens, part)
         del logits  # before the next forward pass makes another
     return sums
 

@@ -1,0 +1,155 @@
+"""A comparison in sentences with numbers: what is shrinkage, what is sparsification, and what they cost."""
+
+import math
+from collections.abc import Sequence
+
+from jsae_lightning.comparison import Judged, ShrinkMatched, difference, find_baseline, is_paired
+from jsae_lightning.jackknife import Figure
+
+TOLERANCE = 2.0
+"""A difference counts where it is more than so many of its standard errors."""
+
+_SHARES = ("jacobian/share_above_0.01", "jacobian/share_above_0.02")
+_MEASURES = (  # label, key, which way is sparser, format
+    ("effective edges", "jacobian/effective_edges", -1, ".1f"),
+    ("edges for 90 % of an output", "jacobian/edges_for_90", -1, ".2f"),
+    ("Gini", "jacobian/gini", 1, ".4f"),
+    ("Hoyer", "jacobian/hoyer", 1, ".4f"),
+)
+_COSTS = (
+    ("explained variance of the input SAE", "val/explained_variance_input"),
+    ("of the output SAE", "val/explained_variance_output"),
+    ("CE score with both spliced", "val/ce_score_both"),
+)
+
+
+def all_findings(judged: Sequence[Judged], matched: Sequence[ShrinkMatched]) -> list[str]:
+    """Return all findings about pairs with distinct names and what they are matched with, in the order of the pairs."""
+    findings = []
+    for run in judged:
+        if not run.is_traditional and find_baseline(run, judged) is None:
+            findings.append(
+                f"{run.name}: none of the pairs given is a traditional one (jacobian.coef=0) of the same model, layer, "
+                "weights, k and jacobian.at, so nothing tells shrinkage from sparsification here."
+            )
+        for entry in matched:
+            if entry.run is run:
+                findings += findings_of(entry)
+    return findings
+
+
+def findings_of(entry: ShrinkMatched) -> list[str]:
+    """Return the sentences about one pair and the one that it is matched with."""
+    run, baseline = entry.run, entry.baseline
+    is_control = run.weights != baseline.weights
+    what = "random weights" if is_control else "traditional"
+    lines = [
+        f"{run.name} against {baseline.name} ({what}): mean |J| is {_figure(run.figure('jacobian/mean_abs'), '.4g')} "
+        f"against {_figure(baseline.figure('jacobian/mean_abs'), '.4g')}, "
+        f"a factor of {_figure(entry.scale, '.4g')}. "
+        + (
+            "Both were judged on the same tokens: standard errors of differences are paired."
+            if is_paired(run, baseline)
+            else "They were judged on different tokens: differences have the standard errors of "
+            "independent samples (the same overrides, such as eval.tokens, for all of them would pair them)."
+        )
+    ]
+    lines += [_share_finding(entry, key, what) for key in _SHARES if key in entry.figures]
+    verdicts = [_measure(run, baseline, measure) for measure in _MEASURES]
+    lines.append(f"{run.name}, scale-free: " + "; ".join(text for text, _ in verdicts) + ".")
+    lines.append(_verdict([direction for _, direction in verdicts], run, baseline, is_control))
+    if not is_control:
+        costs = [
+            f"{label} {_number(run.figure(key).mean, '.4f')} against {_number(baseline.figure(key).mean, '.4f')} "
+            f"({_signed(difference(run, baseline, key), '.4f')})"
+            for label, key in _COSTS
+        ]
+        lines.append(f"{run.name}, cost: " + "; ".join(costs) + ".")
+    return lines
+
+
+def direction(change: Figure) -> int:
+    """Return the sign of a difference, 0 if it is within TOLERANCE standard errors or its error is not known."""
+    if not math.isfinite(change.standard_error) or abs(change.mean) <= TOLERANCE * change.standard_error:
+        return 0
+    return 0 if change.mean == 0 else round(math.copysign(1, change.mean))
+
+
+def _share_finding(entry: ShrinkMatched, key: str, what: str) -> str:
+    threshold = key.rsplit("_", 1)[1]
+    ours, theirs, matched = entry.run.figure(key), entry.baseline.figure(key), entry.figures[key]
+    remaining, total = entry.remaining[key], ours.mean - theirs.mean
+    sign = direction(remaining) if abs(remaining.mean) > entry.resolution[key] else 0
+    if not math.isfinite(remaining.standard_error):
+        end = "too few documents for a standard error"
+    elif sign == 0:
+        end = f"within {TOLERANCE:g} standard errors, all of it is shrinkage"
+    else:
+        kind = "fewer entries are above it than shrinkage explains" if sign < 0 else "shrinkage alone would leave fewer"
+        end = kind if sign < 0 else f"{kind} above it"
+    return (
+        f"{entry.run.name}, share of |J| > {threshold}: {_percent(ours.mean)} against "
+        f"{_percent(theirs.mean)} ({what}); "
+        f"{entry.baseline.name} scaled by {_number(entry.scale.mean, '.3g')} shows {_percent(matched.mean)}, so of a "
+        f"difference of {_points(total)} points {_points(total - remaining.mean)} are shrinkage and "
+        f"{_points(remaining.mean)} +- {_points(remaining.standard_error, sign=False)} are not: {end}."
+    )
+
+
+def _measure(run: Judged, baseline: Judged, measure: tuple[str, str, int, str]) -> tuple[str, int | None]:
+    """Return the text about a scale-free measure, and 1 (sparser), -1 (less sparse), 0 (neither), None (unknown)."""
+    label, key, sparser, form = measure
+    change = difference(run, baseline, key)
+    text = f"{label} {_figure(run.figure(key), form)} against {_figure(baseline.figure(key), form)}"
+    if not math.isfinite(change.standard_error):
+        return f"{text} (no standard error)", None
+    found = direction(change) * sparser
+    word = {1: "sparser", -1: "less sparse", 0: "no difference"}[found]
+    return f"{text} ({_signed(change, form)}: {word})", found
+
+
+def _verdict(directions: list[int | None], run: Judged, baseline: Judged, is_control: bool) -> str:
+    known = [value for value in directions if value is not None]
+    than = f"{baseline.name}" + (" on random weights" if is_control else "")
+    if not known:
+        return f"{run.name}: too few documents to say whether it is sparser than {than}."
+    counts = f"{sum(v > 0 for v in known)} of {len(known)} scale-free measures say sparser, " + (
+        f"{sum(v < 0 for v in known)} less sparse"
+    )
+    edges = f"effective edges {_relative(run, baseline, 'jacobian/effective_edges')}"
+    if all(value > 0 for value in known):
+        return f"{run.name} is sparser than {than} beyond shrinkage ({edges}; {counts})."
+    if all(value < 0 for value in known):
+        return f"{run.name} is less sparse than {than} once shrinkage is taken out ({edges}; {counts})."
+    if not any(value > 0 for value in known):
+        smaller = direction(difference(run, baseline, "jacobian/mean_abs")) < 0
+        end = ": its entries are smaller, not fewer" if smaller else ""
+        return f"{run.name} is no sparser than {than} beyond shrinkage{end} ({edges}; {counts})."
+    return f"{run.name} against {than}: the scale-free measures do not agree ({edges}; {counts})."
+
+
+def _relative(run: Judged, baseline: Judged, key: str) -> str:
+    ours, theirs = run.figure(key).mean, baseline.figure(key).mean
+    return f"{(ours / theirs - 1) * 100:+.1f} %" if theirs else "-"
+
+
+def _figure(figure: Figure, form: str) -> str:
+    error = figure.standard_error
+    return _number(figure.mean, form) + (f" +- {error:.2g}" if math.isfinite(error) else "")
+
+
+def _signed(change: Figure, form: str) -> str:
+    error = change.standard_error
+    return _number(change.mean, f"+{form}") + (f" +- {error:.2g}" if math.isfinite(error) else "")
+
+
+def _number(value: float, form: str) -> str:
+    return format(value, form) if math.isfinite(value) else "-"
+
+
+def _percent(share: float) -> str:
+    return f"{share * 100:.1f} %" if math.isfinite(share) else "-"
+
+
+def _points(share: float, *, sign: bool = True) -> str:
+    return format(share * 100, "+.2f" if sign else ".2f") if math.isfinite(share) else "-"

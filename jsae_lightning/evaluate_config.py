@@ -1,0 +1,196 @@
+"""The configuration of an evaluation: what the pair was trained with, `conf/eval.yaml`, and the user's overrides.
+
+Imports neither torch nor lightning, so that mistakes answer at once.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from jsae_lightning.config import check_data, check_values, choices, config_dir, register, to_dict
+from jsae_lightning.config_schema import DataConfig, ModelConfig
+from jsae_lightning.errors import UserError
+
+PARTS = ("figures",)
+"""What can be measured; `evaluation_parts` has the functions."""
+
+_OF_TRAINING = {  # keys of `data` without a meaning here, and what they are set to
+    "train_tokens": 1, "batch_tokens": 64, "buffer_batches": 1, "num_shards": 1, "lm_batch_sequences": 1,
+    "repeat": True, "cache_dir": None, "cache_dtype": "float32",
+}  # fmt: skip
+_OF_THE_SAES = ("context_length", "exclude_first_position", "exclude_special_tokens")
+_POSITIVE = (
+    "data.val_sequences", "data.context_length", "data.stream_timeout_s", "eval.tokens", "eval.jacobian_tokens",
+    "eval.groups", "eval.batch_sequences", "num_threads",
+)  # fmt: skip
+_SAME_DATA = ("source", "path", "name", "config_name", "revision", "train_split")
+
+
+@dataclass
+class EvaluationConfig:
+    """The extent of an evaluation: `eval` in `conf/eval.yaml`."""
+
+    tokens: int | float | None = MISSING  # 1e6 is welcome
+    jacobian_tokens: int | float | None = MISSING
+    groups: int = MISSING
+    batch_sequences: int = MISSING
+    exclude_first_position: bool = MISSING
+    parts: list[str] | None = MISSING
+    out: str | None = MISSING
+
+
+@dataclass
+class EvaluateConfig:
+    """The whole configuration: `conf/eval.yaml`."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    eval: EvaluationConfig = field(default_factory=EvaluationConfig)
+    seed: int = MISSING
+    kernels: str = MISSING
+    num_threads: int | None = MISSING
+    device: str = MISSING
+
+
+def compose_evaluation(
+    folder: Path, pair: dict[str, Any], overrides: Sequence[str], config_dirs: Sequence[str] = ()
+) -> DictConfig:
+    """Return the checked configuration for the pair of a run or export folder.
+
+    The starting point is what the pair was trained with, so that without overrides the same held-out tokens are
+    judged as at the end of training. With other data (`data=GROUP`) the context length and the excluded positions
+    stay those of training unless they are given.
+
+    Args:
+        folder: the run's folder (or the export's), whose `.hydra/config.yaml`, if any, is read too.
+        pair: the export's `config.json`.
+        overrides: of `conf/eval.yaml`, in Hydra's notation.
+        config_dirs: folders with the user's own presets.
+
+    Raises:
+        UserError: the first key that is wrong.
+        HydraException: a key or a choice that there is not.
+    """
+    register()
+    store = ConfigStore.instance()
+    store.store(name="eval_root_schema", node=EvaluateConfig)
+    store.store(group="model", name="of_run", node=_model_of_run(pair, folder))
+    store.store(group="data", name="of_run", node=_data_of_run(pair))
+    _refuse_keys_of_training(overrides)
+    defaults = []
+    if any(override.startswith("data=") for override in overrides):
+        kept = {key: value for key, value in pair.get("data", {}).items() if key in _OF_THE_SAES}
+        defaults = [f"data.{key}={'null' if value is None else value}" for key, value in kept.items()]
+    if _judged_without_first(folder):
+        defaults.append("eval.exclude_first_position=true")
+    if config_dirs:
+        paths = ", ".join(json.dumps(f"file://{Path(path).resolve()}") for path in config_dirs)
+        defaults.append(f"hydra.searchpath=[{paths}]")
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        cfg = compose("eval", overrides=[*defaults, *overrides])
+    _check(cfg)
+    return cfg
+
+
+def held_out_sequences(cfg: DictConfig, pair: dict[str, Any], context_length: int) -> tuple[int, str | None]:
+    """Return how many held-out sequences to ask for, and a remark if they cannot be all that the user wants.
+
+    ceil(eval.tokens / context_length), or data.val_sequences. A stream without a split of its own for validation has
+    held out the sequences at its start and trained on the next: of the data of training no more than those.
+    """
+    if cfg.eval.tokens is None:
+        return cfg.data.val_sequences, None
+    wanted = -(-int(cfg.eval.tokens) // context_length)
+    trained_on = pair.get("data", {})
+    same = all(cfg.data[key] == trained_on.get(key) for key in _SAME_DATA)
+    if cfg.data.streaming and cfg.data.val_split is None and same and wanted > trained_on["val_sequences"]:
+        most = trained_on["val_sequences"]
+        return most, (
+            f"eval.tokens: {int(cfg.eval.tokens):,} asked for, but training held out the first {most} sequences "
+            f"({most * context_length:,} tokens) of this stream and learnt from the next: these are used"
+        )
+    return wanted, None
+
+
+def data_settings(cfg: DictConfig) -> dict[str, Any]:
+    """Return `data` for the data module, with the least of what only training needs."""
+    return to_dict(cfg.data) | _OF_TRAINING
+
+
+def settings(cfg: DictConfig) -> dict[str, Any]:
+    """Return the keys that decide on the figures, flat: what makes two evaluations of one pair the same."""
+    flat: dict[str, Any] = {"seed": cfg.seed}
+    for section in ("model", "data", "eval"):
+        flat |= {f"{section}.{key}": value for key, value in to_dict(cfg[section]).items()}
+    for key in ("eval.out", "eval.batch_sequences", "data.stream_retries", "data.stream_timeout_s"):
+        del flat[key]
+    return {key: value for key, value in flat.items() if key.removeprefix("data.") not in _OF_TRAINING}
+
+
+def chosen_settings(overrides: Sequence[str], cfg: DictConfig) -> dict[str, Any]:
+    """Return those of `settings` that the overrides are about: `data=c4` about all keys of `data`."""
+    keys = [override.split("=", 1)[0].lstrip("+~") for override in overrides]
+    return {
+        name: value
+        for name, value in settings(cfg).items()
+        if any(name == key or name.startswith(f"{key}.") for key in keys)
+    }
+
+
+def parts(cfg: DictConfig) -> list[str]:
+    """Return the parts to run, in their own order."""
+    return [name for name in PARTS if cfg.eval.parts is None or name in cfg.eval.parts]
+
+
+def _check(cfg: DictConfig) -> None:
+    for section in ("model", "data", "eval"):
+        for key in cfg[section]:
+            if OmegaConf.is_missing(cfg[section], key):
+                raise UserError(f"{section}.{key}: has no value and no default: give {section}.{key}=...")
+    check_values(cfg, choices("data.", "model.", "kernels") | {"device": ("auto", "cpu", "cuda")}, _POSITIVE)
+    if not 0 <= cfg.data.val_fraction <= 1:
+        raise UserError(f"data.val_fraction: {cfg.data.val_fraction} is not a share: give a number from 0 to 1")
+    if cfg.model.path is not None and not Path(cfg.model.path).is_dir():
+        raise UserError(f"model.path: there is no directory '{cfg.model.path}': give a Hugging Face model directory")
+    for name in cfg.eval.parts or ():
+        if name not in PARTS:
+            raise UserError(f"eval.parts: '{name}' is not known: choose among {', '.join(PARTS)}")
+    if cfg.eval.parts is not None and not len(cfg.eval.parts):
+        raise UserError(f"eval.parts: [] measures nothing: choose among {', '.join(PARTS)}, or give null for all")
+    check_data(cfg)
+
+
+def _refuse_keys_of_training(overrides: Sequence[str]) -> None:
+    for override in overrides:
+        key = override.split("=", 1)[0].lstrip("+~")
+        if key.removeprefix("data.") in _OF_TRAINING and key.startswith("data."):
+            raise UserError(f"{key}: matters in training only: leave it out (eval.tokens sets the extent)")
+
+
+def _model_of_run(pair: dict[str, Any], folder: Path) -> dict[str, Any]:
+    model = pair.get("model")
+    if not model:
+        raise UserError(f"{folder}: config.json of the pair has no model, so there is nothing to splice: give a run")
+    is_folder = Path(model["name"]).is_dir()
+    return {
+        "name": None if is_folder else model["name"],
+        "path": model["name"] if is_folder else None,
+        **{key: model[key] for key in ("revision", "layer", "dtype", "random_weights", "random_seed")},
+    }
+
+
+def _data_of_run(pair: dict[str, Any]) -> dict[str, Any]:
+    base = to_dict(OmegaConf.load(config_dir() / "data" / "base.yaml"))  # type: ignore[arg-type]
+    return base | pair.get("data", {}) | _OF_TRAINING
+
+
+def _judged_without_first(folder: Path) -> bool:
+    """Whether the run's own evaluations left position 0 out; False where there is no run."""
+    path = folder / ".hydra" / "config.yaml"
+    return path.is_file() and bool(OmegaConf.select(OmegaConf.load(path), "eval.exclude_first_position"))

@@ -1,0 +1,245 @@
+"""Comparisons of evaluations whose Jacobians are known: merely smaller, really sparser, and neither."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from jsae_lightning import jacobian_metrics
+from jsae_lightning.comparison import compare, difference, find_baseline, find_random, read_judged, shrink_match
+from jsae_lightning.comparison_files import write_comparison
+from jsae_lightning.comparison_findings import direction
+from jsae_lightning.errors import UserError
+from jsae_lightning.evaluation_files import write_evaluation
+from jsae_lightning.evaluation_parts import PartResult
+from jsae_lightning.fine_histogram import fine_histogram
+from jsae_lightning.jackknife import Figure, leave_one_out, standard_error
+
+GROUPS, TOKENS, K = 12, 30, 4
+SCALE = 0.434
+
+
+def draw(seed=0):
+    """Jacobians (groups, tokens, k, k), float32, whose scale differs from group to group."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = 1 + 0.2 * torch.rand(GROUPS, 1, 1, 1, generator=generator)
+    return 0.03 * sizes * torch.randn(GROUPS, TOKENS, K, K, generator=generator)
+
+
+def only_the_largest(values, count=4):
+    """Keep so many of each token's entries, at unchanged size."""
+    magnitudes = values.abs().flatten(-2)
+    threshold = magnitudes.topk(count, dim=-1).values[..., -1:]
+    return torch.where(magnitudes >= threshold, values.flatten(-2), 0.0).view_as(values)
+
+
+def sums_of(values):
+    active = torch.ones(len(values), K, dtype=torch.bool)
+    return jacobian_metrics.jacobian_sums(values, active, active)
+
+
+@pytest.fixture
+def judge(tmp_path):
+    """Write the evaluation of a pair with these Jacobians, and read it back."""
+
+    def make(values, name="run", *, coef=1.0, weights=False, tokens_hash="same", layer=3, folder=None):
+        def figures(sums):
+            return {f"jacobian/{key}": mean for key, mean in jacobian_metrics.jacobian_means(sums).items()}
+
+        means, left_out = leave_one_out([sums_of(part) for part in values], figures)
+        columns = {key: torch.tensor([entry[key] for entry in left_out]).double() for key in means}
+        site = {"d_model": 8, "d_sae": 32, "k": K}
+        pair = {
+            "input_sae": site, "output_sae": site, "seed": 0, "tokens_seen": 1, "data": {},
+            "model": {"name": "tiny", "revision": None, "layer": layer, "random_weights": weights},
+            "jacobian": {"penalty": "l1", "coef": coef},
+        }  # fmt: skip
+        evaluation = {
+            "tokens": GROUPS * TOKENS, "jacobian_tokens": GROUPS * TOKENS, "sequences": GROUPS, "documents": GROUPS,
+            "groups": GROUPS, "at": "input", "other_at": "reconstruction", "tokens_hash": tokens_hash,
+        }  # fmt: skip
+        record = {
+            "format_version": 1, "name": name, "folder": name, "random_weights": weights, "pair": pair,
+            "kind": "jsae" if coef else "traditional", "evaluation": evaluation, "versions": {},
+        }  # fmt: skip
+        result = PartResult(
+            figures={key: Figure(mean, standard_error(columns[key])) for key, mean in means.items()},
+            replicates=columns,
+            groups={
+                "fine_histograms": torch.stack([fine_histogram(part) for part in values]),
+                "entries": torch.tensor([part.numel() for part in values]),
+            },
+        )
+        path = tmp_path / (folder or name) / "eval"
+        path.mkdir(parents=True)
+        write_evaluation(path, record, result)
+        return read_judged(path / "eval.json")
+
+    return make
+
+
+def test_merely_smaller(judge):
+    """J of the baseline times a number: every difference of the raw shares is shrinkage, and nothing is sparser."""
+    base = draw()
+    run, baseline = judge(SCALE * base), judge(base, "base", coef=0.0)
+    (matched,) = compare([run, baseline])[1]
+    assert matched.scale.mean == pytest.approx(SCALE)
+    assert matched.scale.standard_error == pytest.approx(0, abs=1e-7)
+    for key, rest in matched.remaining.items():
+        assert abs(rest.mean) <= matched.resolution[key] < 0.01
+        assert run.figure(key).mean < 0.9 * baseline.figure(key).mean
+    findings = compare([run, baseline])[0]["findings"]
+    start = "run is no sparser than base beyond shrinkage: its entries are smaller, not fewer (effective edges +0.0 %"
+    assert any(line.startswith(start) or line.startswith(start.replace("+", "-")) for line in findings)
+    shares = [line for line in findings if "share of |J|" in line]
+    assert len(shares) == 2
+    assert all("all of it is shrinkage" in line for line in shares)
+
+
+def test_really_sparser(judge):
+    base = draw()
+    run, baseline = judge(only_the_largest(draw(1))), judge(base, "base", coef=0.0)
+    record, (matched,) = compare([run, baseline])
+    edges = (run.figure("jacobian/effective_edges").mean / baseline.figure("jacobian/effective_edges").mean - 1) * 100
+    verdict = f"run is sparser than base beyond shrinkage (effective edges {edges:+.1f} %; 4 of 4 scale-free measures "
+    assert edges < -30
+    assert any(line.startswith(verdict) for line in record["findings"])
+    key = "jacobian/share_above_0.01"
+    assert matched.remaining[key].mean < -2 * matched.remaining[key].standard_error
+    (line,) = [line for line in record["findings"] if "share of |J| > 0.01" in line]
+    assert "fewer entries are above it than shrinkage explains" in line
+    assert f"{run.figure(key).mean * 100:.1f} % against {baseline.figure(key).mean * 100:.1f} % (traditional)" in line
+
+
+def test_less_sparse(judge):
+    run, baseline = judge(0.01 * draw(1).sign()), judge(draw(), "base", coef=0.0)
+    findings = compare([run, baseline])[0]["findings"]
+    assert any("is less sparse than base once shrinkage is taken out" in line for line in findings)
+
+
+def test_a_scaled_baseline_against_scaling_it(judge):
+    """Shares and standard errors of the scaled baseline, from its entries instead of from its histogram."""
+    ours, theirs = only_the_largest(draw(1), 9), draw()
+    matched = shrink_match(judge(ours), judge(theirs, "base", coef=0.0))
+    magnitudes = theirs.double().abs()
+
+    def share(rows, threshold):
+        scale = ours[rows].double().abs().mean() / magnitudes[rows].mean()
+        return (scale * magnitudes[rows] > threshold).double().mean().item()
+
+    groups = torch.arange(GROUPS)
+    for threshold in jacobian_metrics.RAW_THRESHOLDS:
+        key = f"jacobian/share_above_{threshold:g}"
+        assert abs(matched.figures[key].mean - share(groups, threshold)) <= matched.resolution[key] + 1e-12
+        left = [share(groups[groups != group], threshold) for group in range(GROUPS)]
+        expected = standard_error(torch.tensor(left).double())
+        assert matched.figures[key].standard_error == pytest.approx(expected, rel=0.1)
+        own = [(ours[groups != g].abs() > threshold).double().mean().item() for g in range(GROUPS)]
+        rest = standard_error(torch.tensor(own).double() - torch.tensor(left).double())
+        assert matched.remaining[key].standard_error == pytest.approx(rest, rel=0.1)
+    assert matched.figures["jacobian/gini"] == matched.baseline.figure("jacobian/gini")
+    assert matched.figures["jacobian/mean_abs"] == matched.run.figure("jacobian/mean_abs")
+
+
+def test_differences_are_paired_on_the_same_tokens_only(judge):
+    base = draw()
+    noise = 1 + 0.01 * draw(1) / 0.03
+    run, baseline = judge(base * noise), judge(base, "base", coef=0.0)
+    elsewhere = judge(base * noise, "elsewhere", tokens_hash="other")
+    key = "jacobian/mean_abs"
+    paired, apart = difference(run, baseline, key), difference(elsewhere, baseline, key)
+    assert paired.mean == apart.mean
+    assert paired.standard_error < 0.2 * apart.standard_error  # what both share cancels
+    expected = math.hypot(run.figure(key).standard_error, baseline.figure(key).standard_error)
+    assert apart.standard_error == pytest.approx(expected)
+    assert "paired" in compare([run, baseline])[0]["findings"][0]
+    assert "independent samples" in compare([elsewhere, baseline])[0]["findings"][0]
+    assert shrink_match(elsewhere, baseline).scale.standard_error > 5 * shrink_match(run, baseline).scale.standard_error
+
+
+def test_the_baseline_is_of_the_same_model_layer_and_weights(judge):
+    run = judge(draw())
+    others = [
+        judge(draw(), "layer", coef=0.0, layer=2),
+        judge(draw(), "random", coef=0.0, weights=True),
+        judge(draw(), "penalised", coef=0.5),
+    ]
+    assert find_baseline(run, [run, *others]) is None
+    record, matched = compare([run, *others])
+    assert not matched
+    assert any(line.startswith("run: none of the pairs given is a traditional one") for line in record["findings"])
+    base = judge(draw(), "base", coef=0.0)
+    assert find_baseline(run, [run, *others, base]) is base
+    assert find_baseline(base, [run, base]) is None
+    assert [entry["baseline"] for entry in compare([run, base])[0]["runs"]] == ["base", None]
+
+
+def test_trained_against_random_weights(judge):
+    run, control = judge(only_the_largest(draw())), judge(draw(1), "control", weights=True)
+    base = judge(draw(2), "base", coef=0.0)
+    assert find_random(run, [run, control, base]) is control
+    assert find_random(base, [run, control, base]) is None
+    assert find_random(control, [run, control, base]) is None
+    record, matched = compare([run, control, base])
+    assert [(entry.run.name, entry.baseline.name) for entry in matched] == [("run", "base"), ("run", "control")]
+    assert any("run is sparser than control on random weights" in line for line in record["findings"])
+
+
+def test_the_files_of_a_comparison(judge, tmp_path):
+    judged = [judge(SCALE * draw()), judge(draw(), "base", coef=0.0)]
+    text = write_comparison(tmp_path / "comparison", judged)
+    record = json.loads((tmp_path / "comparison" / "comparison.json").read_text(), parse_constant=pytest.fail)
+    assert record["format_version"] == 1
+    assert record["runs"][0].keys() == {"name", "folder", "eval", "kind", "random_weights", "baseline"}
+    (matched,) = record["shrink_matched"]
+    assert (matched["run"], matched["baseline"]) == ("run", "base")
+    assert matched["figures"]["jacobian/share_above_0.01"].keys() == {"mean", "standard_error"}
+    assert (tmp_path / "comparison" / "comparison.md").read_text() == text
+    assert all(finding in text for finding in record["findings"])
+
+
+def test_entries_that_are_larger_and_no_fewer(judge):
+    findings = compare([judge(2 * draw()), judge(draw(), "base", coef=0.0)])[0]["findings"]
+    (line,) = [line for line in findings if line.startswith("run is no sparser than base beyond shrinkage")]
+    assert "smaller" not in line
+
+
+def test_one_group_tells_nothing_beyond_the_figures(judge):
+    findings = compare([judge(draw()[:1]), judge(draw(1)[:1], "base", coef=0.0)])[0]["findings"]
+    assert "run: too few documents to say whether it is sparser than base." in findings
+    assert any("too few documents for a standard error" in line for line in findings)
+    assert not any("nan" in line for line in findings)
+
+
+def test_the_order_of_the_pairs_does_not_matter(judge):
+    judged = [judge(only_the_largest(draw(1))), judge(draw(), "base", coef=0.0)]
+    assert compare(judged)[0]["findings"] == compare(judged[::-1])[0]["findings"]
+
+
+def test_pairs_of_the_same_name_are_told_apart(judge):
+    judged = [judge(draw(), "run", folder="a/run"), judge(draw(1), "run", coef=0.0, folder="b/run")]
+    assert [entry["name"] for entry in compare(judged)[0]["runs"]] == ["a/run", "b/run"]
+
+
+def test_an_empty_jacobian_matches_nothing(judge):
+    record, matched = compare([judge(torch.zeros(GROUPS, TOKENS, K, K)), judge(draw(), "base", coef=0.0)])
+    assert not matched
+    assert record["shrink_matched"] == []
+
+
+def test_damaged_results_are_refused(judge):
+    path = judge(draw()).path
+    (path.parent / "groups.safetensors").write_bytes(b"half")
+    with pytest.raises(UserError, match="evaluate again"):
+        read_judged(path)
+    path.write_text("{")
+    with pytest.raises(UserError, match="is no result of jsae-eval"):
+        read_judged(path)
+
+
+@pytest.mark.parametrize(
+    ("mean", "error", "expected"), [(1.0, 0.4, 1), (-1.0, 0.4, -1), (1.0, 0.6, 0), (0.0, 0.0, 0), (1.0, math.nan, 0)]
+)
+def test_a_difference_counts_beyond_two_standard_errors(mean, error, expected):
+    assert direction(Figure(mean, error)) == expected

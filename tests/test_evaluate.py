@@ -1,0 +1,328 @@
+"""`jsae-eval` on a tiny run: files, figures, extent, mistakes, what is kept, and two ranks."""
+
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import jsae_lightning.evaluate as program
+from jsae_lightning.errors import UserError
+from jsae_lightning.evaluate import evaluate_folder
+from jsae_lightning.evaluate_config import compose_evaluation, held_out_sequences
+from running import run, toy_overrides, train, write_documents
+from tiny_models import make_model_dir
+
+ARRAYS = {
+    "histogram_edges", "histogram_abs_input", "histogram_abs_reconstruction", "histogram_rms_input",
+    "histogram_rms_reconstruction", "heatmap", "heatmap_position", "firing_rate_input", "firing_rate_output",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of seconds with 16 held-out sequences."""
+    folder = tmp_path_factory.mktemp("finished")
+    material = make_model_dir("gpt_neox", folder / "model"), write_documents(folder / "text.txt")
+    overrides = [*toy_overrides(*material, folder / "run"), "data.val_sequences=16", "data.val_fraction=0.3"]
+    assert train(overrides, output=folder / "output") == 0, (folder / "output").read_text()
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def judged(finished):
+    return evaluate_folder(finished)
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of the run without results."""
+    shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("eval"))
+    return tmp_path / "run"
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def means(record: dict) -> dict[str, float]:
+    return {key: figure["mean"] for key, figure in record["figures"].items()}
+
+
+def test_figures_are_those_at_the_end_of_training(judged, finished):
+    record, expected = read(judged), read(finished / "metrics.json")
+    shared = {key for key in expected if key.startswith("val/")} - {"val/loss", "val/penalty"}
+    assert len(shared) > 30
+    found = means(record)
+    assert {key: found[key] for key in shared} == pytest.approx({key: expected[key] for key in shared}, rel=1e-5)
+    assert {key for key in expected if key.startswith("jacobian")} <= found.keys()
+
+
+def test_the_files_of_an_evaluation(judged, finished):
+    record = read(judged)
+    assert judged == finished / "eval" / "eval.json"
+    assert (record["format_version"], record["name"], record["kind"]) == (1, "run", "jsae")
+    assert record["random_weights"] is False
+    assert record["pair"] == read(finished / "sae_pair" / "config.json")
+    evaluation = record["evaluation"]
+    assert (evaluation["sequences"], evaluation["tokens"], evaluation["jacobian_tokens"]) == (16, 256, 256)
+    assert evaluation["groups"] == min(50, evaluation["documents"]) > 2
+    assert (evaluation["at"], evaluation["other_at"], evaluation["ranks"]) == ("input", "reconstruction", 1)
+    assert evaluation["parts"] == ["figures"]
+    assert evaluation["seconds"]["figures"] > 0
+    assert evaluation["peak_bytes"] > 10e6
+    assert all(figure["standard_error"] >= 0 for figure in record["figures"].values())
+    assert record["figures"]["jacobian/effective_edges"]["standard_error"] > 0
+    arrays = load_file(judged.parent / "arrays.safetensors")
+    assert arrays.keys() >= ARRAYS
+    assert arrays["heatmap"].shape == (8, 4, 4)
+    assert arrays["histogram_abs_input"].sum() == 256 * 16
+    text = (judged.parent / "eval.md").read_text()
+    assert "standard error over" in text
+    assert f"{record['figures']['val/l0_input']['mean']:.2f}" in text
+
+
+def test_tensorboard_shows_the_means(judged):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(judged.parent / "tensorboard"))
+    events.Reload()
+    expected = means(read(judged))
+    assert set(events.Tags()["scalars"]) == {key for key, mean in expected.items() if mean is not None}
+    assert events.Scalars("jacobian/gini")[0].value == pytest.approx(expected["jacobian/gini"])
+
+
+def test_an_export_alone_gives_the_same_figures(judged, finished, tmp_path):
+    shutil.copytree(finished / "sae_pair", tmp_path / "pair")
+    record = read(evaluate_folder(tmp_path / "pair"))
+    assert means(record) == means(read(judged))
+    assert record["name"] == "pair"
+
+
+def test_results_are_used_again_unless_something_else_is_asked_for(copy):
+    path = evaluate_folder(copy, ["eval.tokens=64"])
+    assert read(path)["evaluation"]["sequences"] == 4
+    made = path.stat().st_mtime_ns
+    assert evaluate_folder(copy) == path
+    assert evaluate_folder(copy, ["eval.tokens=64", "num_threads=2"]) == path
+    assert path.stat().st_mtime_ns == made
+    evaluate_folder(copy, ["eval.tokens=128"])
+    assert path.stat().st_mtime_ns > made
+    made = path.stat().st_mtime_ns
+    weights = copy / "sae_pair" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["input_sae.b_dec"] += 0.1
+    from safetensors.torch import save_file
+
+    save_file(tensors, weights)
+    evaluate_folder(copy)
+    assert path.stat().st_mtime_ns > made
+
+
+def test_more_tokens_than_are_held_out(copy, caplog):
+    record = read(evaluate_folder(copy, ["eval.tokens=2e4", "eval.batch_sequences=64"]))
+    sequences = record["evaluation"]["sequences"]
+    assert 16 < sequences < 1000
+    assert "all of them are used" in record["evaluation"]["remark"]
+    assert any("only" in message for message in caplog.messages)
+
+
+def test_settings_reach_what_they_are_about(copy):
+    options = ["eval.tokens=64", "eval.jacobian_tokens=10", "eval.groups=3", "eval.exclude_first_position=true"]
+    record = read(evaluate_folder(copy, options))
+    evaluation = record["evaluation"]
+    assert (evaluation["tokens"], evaluation["jacobian_tokens"], evaluation["groups"]) == (60, 10, 3)
+    arrays = load_file(copy / "eval" / "arrays.safetensors")
+    assert arrays["histogram_abs_input"].sum() == 10 * 16
+    assert (arrays["heatmap_position"][:, 1] > 0).all()
+    evaluate_folder(copy, [*options, "seed=1"])
+    again = load_file(copy / "eval" / "arrays.safetensors")
+    assert not torch.equal(again["heatmap_position"], arrays["heatmap_position"])
+
+
+def test_other_data_keep_the_context_of_training(copy, tmp_path):
+    write_documents(tmp_path / "other.txt", 600)
+    options = ["data=text", f"data.path={tmp_path / 'other.txt'}", "data.val_fraction=0.5", "eval.tokens=64"]
+    record = read(evaluate_folder(copy, [*options, "data.document_separator='\\n\\n'"]))
+    assert record["evaluation"]["data"]["context_length"] == 16
+    assert record["evaluation"]["data"]["path"] == str(tmp_path / "other.txt")
+
+
+def test_one_document_has_no_standard_error(copy):
+    record = read(evaluate_folder(copy, ["eval.groups=1", "eval.tokens=16"]))
+    assert {figure["standard_error"] for figure in record["figures"].values()} == {None}
+    assert math.isfinite(record["figures"]["val/mse_input"]["mean"])
+    assert "+- " not in (copy / "eval" / "eval.md").read_text().split("## The two SAEs")[1]
+
+
+def test_results_stay_when_an_evaluation_fails(copy, monkeypatch):
+    path = evaluate_folder(copy, ["eval.tokens=64"])
+    (copy / "eval" / "autointerp").mkdir()
+    (copy / "eval" / "autointerp" / "scores.jsonl").write_text("{}\n")
+    before = path.read_bytes()
+
+    def fail(name, task):
+        (task.folder / "half").write_text("written")
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as context:
+        context.setattr("jsae_lightning.evaluation_parts.run_part", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            evaluate_folder(copy, ["eval.tokens=128"])
+    assert path.read_bytes() == before
+    assert not [entry for entry in copy.iterdir() if entry.name.startswith(".eval")]
+    evaluate_folder(copy, ["eval.tokens=128"])
+    assert read(path)["evaluation"]["sequences"] == 8
+    assert (copy / "eval" / "autointerp" / "scores.jsonl").read_text() == "{}\n"  # of the same pair
+
+
+def test_a_stream_is_not_judged_on_what_it_was_trained_on(finished):
+    pair = read(finished / "sae_pair" / "config.json")
+    pair["data"] |= {"streaming": True, "val_split": None, "source": "hub", "name": "x", "path": None}
+    pair["data"]["document_separator"] = None
+    wanted = ["eval.tokens=1600"]
+    count, remark = held_out_sequences(compose_evaluation(finished, pair, wanted), pair, 16)
+    assert count == 16
+    assert "learnt from the next" in remark
+    assert held_out_sequences(compose_evaluation(finished, pair, ["eval.tokens=100"]), pair, 16) == (7, None)
+    other = compose_evaluation(finished, pair, [*wanted, "data.name=another"])
+    assert held_out_sequences(other, pair, 16) == (100, None)
+    own = compose_evaluation(finished, pair, [*wanted, "data.val_split=validation"])
+    assert held_out_sequences(own, pair, 16) == (100, None)
+
+
+def test_every_part_has_a_function():
+    from jsae_lightning import evaluate_config, evaluation_parts
+
+    assert tuple(evaluation_parts.PART_FUNCTIONS) == evaluate_config.PARTS
+    one = evaluation_parts.PartResult(arrays={"a": torch.zeros(1)})
+    with pytest.raises(ValueError, match="part second: arrays has a"):
+        evaluation_parts.merge({"first": one, "second": one})
+
+
+# The command line
+
+
+def call(monkeypatch, *arguments) -> int:
+    """Run the command in this process; return its exit code."""
+    monkeypatch.setattr(sys, "argv", ["jsae-eval", *map(str, arguments)])
+    try:
+        program.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def test_the_command_writes_and_prints(copy, tmp_path, monkeypatch, capsys):
+    assert call(monkeypatch, copy, "eval.tokens=64", "--out", tmp_path / "results") == 0
+    printed = capsys.readouterr().out
+    assert "effective_edges" in printed
+    assert f"results: {tmp_path / 'results' / 'eval.json'}" in printed
+    assert not (copy / "eval").exists()
+    assert read(tmp_path / "results" / "eval.json")["evaluation"]["sequences"] == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{folder}/nothing"], "there is no such folder"),
+        (["{folder}/run/csv"], "config.json: there is no such file"),
+        (["{folder}/run", "eval.tokens=0"], "eval.tokens: '0' is not above zero"),
+        (["{folder}/run", "eval.groups=-1"], "eval.groups: '-1'"),
+        (["{folder}/run", "eval.token=9"], "token"),
+        (["{folder}/run", "eval.parts=[figures,nothing]"], "eval.parts: 'nothing' is not known"),
+        (["{folder}/run", "eval.parts=[]"], "eval.parts: [] measures nothing"),
+        (["{folder}/run", "data.train_tokens=9"], "data.train_tokens: matters in training only"),
+        (["{folder}/run", "data=nothing"], "nothing"),
+        (["{folder}/run", "device=abacus"], "device: 'abacus' is not known"),
+        (["{folder}/run", "model.path=nowhere"], "model.path: there is no directory 'nowhere'"),
+        (["{folder}/run", "model.layer=0"], "are not those that the pair was trained on"),
+        (["{folder}/run", "--out", "{folder}/other"], "holds other files"),
+        (["{folder}/run", "{folder}/run"], "use --compare"),
+        (["--compare", "{folder}/run"], "only one folder"),
+        (["--compare", "{folder}/run", "{folder}/run"], "given twice"),
+        (["{folder}/run", "--nothing"], "there is no such option"),
+        ([], "no folder is given"),
+    ],
+)
+def test_mistakes_end_with_one_line(arguments, message, copy, tmp_path, monkeypatch, capsys):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "precious").write_text("data")
+    code = call(monkeypatch, *(argument.format(folder=tmp_path) for argument in arguments))
+    errors = capsys.readouterr().err
+    assert code == 2, errors
+    (line,) = errors.strip().splitlines()
+    assert line.startswith("jsae-eval: error: ")
+    assert message in line
+    assert not (copy / "eval").exists()
+
+
+def test_a_pair_of_another_model_is_refused(copy):
+    path = copy / "sae_pair" / "config.json"
+    config = read(path)
+    config["model"]["mlp_hash"] = "0" * 64
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="not those that the pair was trained on"):
+        evaluate_folder(copy)
+
+
+def test_a_comparison_evaluates_what_is_not_evaluated_yet(copy, tmp_path, monkeypatch, capsys):
+    """Against itself, said to be trained without a penalty: smaller by a factor of 1, and no sparser."""
+    shutil.copytree(copy, tmp_path / "baseline")
+    path = tmp_path / "baseline" / "sae_pair" / "config.json"
+    config = read(path)
+    config["jacobian"]["coef"] = 0.0
+    path.write_text(json.dumps(config))
+    made = evaluate_folder(copy, ["eval.tokens=64"]).stat().st_mtime_ns
+    capsys.readouterr()
+    assert call(monkeypatch, "--compare", copy, tmp_path / "baseline", "eval.tokens=64") == 0
+    printed = capsys.readouterr().out
+    assert "run is no sparser than baseline beyond shrinkage" in printed
+    assert (copy / "eval" / "eval.json").stat().st_mtime_ns == made
+    record = read(tmp_path / "comparison" / "comparison.json")
+    assert [run["baseline"] for run in record["runs"]] == ["baseline", None]
+    assert [run["eval"] for run in record["runs"]] == [
+        str(tmp_path / name / "eval" / "eval.json") for name in ("run", "baseline")
+    ]
+    (matched,) = record["shrink_matched"]
+    assert (matched["scale"], matched["paired"]) == (1.0, True)
+    assert "no sparser" in (tmp_path / "comparison" / "comparison.md").read_text()
+    assert call(monkeypatch, "--compare", copy, tmp_path / "baseline", "--out", tmp_path / "elsewhere") == 0
+    assert (tmp_path / "elsewhere" / "comparison.json").is_file()
+
+
+def test_help_needs_no_torch(tmp_path):
+    code = (
+        "import sys; sys.argv = ['jsae-eval', '--help']\n"
+        "from jsae_lightning.evaluate import main\n"
+        "main()\n"
+        "assert 'torch' not in sys.modules and 'lightning' not in sys.modules\n"
+    )
+    assert run([sys.executable, "-c", code], output=tmp_path / "output") == 0, (tmp_path / "output").read_text()
+    text = (tmp_path / "output").read_text()
+    for word in ("usage: jsae-eval", "--compare", "jacobian_tokens", "c4", "batch_sequences", "num_threads"):
+        assert word in text, word
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one(copy, tmp_path):
+    """By torchrun: the sequences are shared out, rank 0 alone writes."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    arguments = [*launch, "-m", "jsae_lightning.evaluate", str(copy), "eval.tokens=176", "num_threads=1"]
+    assert run(arguments, output=tmp_path / "output") == 0, (tmp_path / "output").read_text()
+    two = read(copy / "eval" / "eval.json")
+    assert two["evaluation"]["ranks"] == 2
+    arrays = load_file(copy / "eval" / "arrays.safetensors")
+    one = read(evaluate_folder(copy, ["eval.tokens=176", f"eval.out={tmp_path / 'one'}"]))
+    assert (one["evaluation"]["ranks"], one["evaluation"]["sequences"]) == (1, 11)
+    for key, figure in one["figures"].items():
+        assert two["figures"][key]["mean"] == pytest.approx(figure["mean"], rel=1e-6), key
+        error = figure["standard_error"]
+        assert two["figures"][key]["standard_error"] == pytest.approx(error, rel=1e-3, abs=1e-9), key
+    for name, array in load_file(tmp_path / "one" / "arrays.safetensors").items():
+        torch.testing.assert_close(arrays[name], array, rtol=1e-4, atol=1e-6, msg=name)
+    assert (tmp_path / "output").read_text().count("results: ") == 1
