@@ -77,9 +77,7 @@ def class_figures(sums: Sums) -> dict[str, float]:
     """
     counts = {name: sums[name].item() for name in CLASSES}
     total = sum(counts.values())
-    shares = {
-        f"{name}_share": ratio(counts[name], total - counts["flat"]) for name in ("linear", "jump_relu", "other")
-    }
+    shares = {f"{name}_share": ratio(counts[name], total - counts["flat"]) for name in ("linear", "jump_relu", "other")}
     return shares | {"flat_share": ratio(counts["flat"], total)}
 
 

@@ -1,5 +1,4 @@
-"""The tokens that are studied: the point where each one's MLP is linearised, its latents, its J, and its random draws.
-"""
+"""The tokens that are studied: the point where each one's MLP is linearised, its latents, its J, and its random draws."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
