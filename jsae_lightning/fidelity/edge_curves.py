@@ -12,8 +12,8 @@ meet once in thousands of tokens, and the mean of one value is the value. So m_i
 and the tokens there on which i is active, of all that the kept edges do not carry, s_y,i - sum_{kept j} J_ij s_j, for
 this E and this ranking: mean ablation of dropped edges and remainder together, output latent by output latent. What is
 peculiar to a token can then come through its kept edges only. At E = 0 every active output latent has its mean; with
-all edges y_E is as good as the linear graph is, which is less than exact for an MLP that is not linear. An output latent that is not
-active in the other sequences takes the mean over all output activations there.
+all edges y_E is as good as the linear graph is, which is less than exact for an MLP that is not linear. An output
+latent that is not active in the other sequences takes the mean over all output activations there.
 
 Scores. With L the cross-entropy or KL(clean || replaced), over x = log2(E + 1), by the trapezoid rule,
 

@@ -173,7 +173,10 @@ def _curves_of_batch(plan: Plan, means: Float[Tensor, "rankings numbers d_sae"],
     sums = _zero_curve_sums(plan)
 
     def add(key: str, where: tuple[int, ...], values: Tensor, group: Tensor) -> None:
-        sums[f"group/{key}"][(slice(None), *where)] += _by_group(values.double(), group, plan.num_groups)
+        total = sums[f"group/{key}"]
+        for index in where:
+            total = total[:, index]  # a view
+        total += _by_group(values, group, plan.num_groups)
 
     clean = model.logits(tokens)
 
@@ -227,6 +230,6 @@ def _zero_curve_sums(plan: Plan) -> Sums:
     pair = plan.held_out.pair
     grid = (len(RANKINGS), len(plan.numbers))
     shapes: dict[str, tuple[int, ...]] = {"ce": grid, "kl": grid, "error_squared": grid, "true": (pair.d_model,)}
-    shapes |= {key: () for key in ("tokens", "positions", "true_squared", "ce_clean", "ce_true", "kl_true")}
+    shapes |= dict.fromkeys(("tokens", "positions", "true_squared", "ce_clean", "ce_true", "kl_true"), ())
     zero = pair.input_sae.W_enc.new_zeros((), dtype=torch.float64)
     return {f"group/{key}": zero.new_zeros(plan.num_groups, *shape) for key, shape in shapes.items()}

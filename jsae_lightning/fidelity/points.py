@@ -1,4 +1,4 @@
-"""The tokens that are studied: the point where each one's MLP is linearised, its latents, its J, and its random draws."""
+"""The tokens that are studied: the points where the MLP is linearised, latents, J, and random pairs of latents."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

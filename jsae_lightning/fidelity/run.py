@@ -103,7 +103,7 @@ def make_plan(held_out: HeldOut, groups: Int[Tensor, "sequences seq"], tokens: i
 
 def pair_figures(sums: Sums) -> dict[str, float]:
     """Turn the totals of the random pairs into figures, without the prefix `fidelity/`."""
-    figures = {}
+    figures: dict[str, float] = {}
     for name in ablation.INTERVENTIONS:
         found = ablation.regression_figures(without_prefix(f"{name}/", sums))
         figures |= {f"{name}_{key}": value for key, value in found.items()}
