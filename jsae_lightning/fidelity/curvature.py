@@ -10,7 +10,7 @@ expansion over the latent's whole activation (s_j -> 0),
 
 0 for a function that is straight at the token, 1/2 if bending counts as much as slope, 1 if the slope is 0. It does not
 change when f_s, s_j or both are rescaled. f' = f'' = 0 (an output that does not depend on the input at all) has no q
-and is left out of mean and median. act'' comes from forward-mode differentiation of act' in closed form, elementwise.
+and is left out of mean and median. act'' comes from differentiating act', which is in closed form, elementwise.
 """
 
 import math
@@ -110,5 +110,8 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _derivative(function: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:
-    """Return the derivative of an elementwise function."""
-    return torch.func.jvp(function, (h,), (torch.ones_like(h),))[1]
+    """Return the derivative of an elementwise function at h; 0 for one that is constant in pieces."""
+    with torch.enable_grad():
+        h = h.detach().requires_grad_()
+        values = function(h)
+        return torch.autograd.grad(values.sum(), h)[0] if values.requires_grad else torch.zeros_like(h)
