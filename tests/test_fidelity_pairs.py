@@ -59,7 +59,9 @@ def test_moved_latents_against_the_dense_map_of_each_token(kind, at, subtract_b_
             for column in range(moved.shape[1]):
                 changed = latents.clone()
                 changed[pairs.input[row]] = moved[row, column]
-                assert found[row, column].item() == pytest.approx(function(changed)[pairs.output[row]].item(), abs=1e-12)
+                assert found[row, column].item() == pytest.approx(
+                    function(changed)[pairs.output[row]].item(), abs=1e-12
+                )
     assert (found == 0).any() and (found > 0).any()  # some leave the top k, most do not
     torch.testing.assert_close(found[:, 2], pairs.s_out)
 
@@ -182,7 +184,11 @@ def test_classes_of_single_functions():
     }  # fmt: skip
     for name, some in functions.items():
         for number, values in enumerate(some):
-            for scale in (1.0, 1e-3, 1e4):  # flatness is judged against the scale of outputs, all else against the range
+            for scale in (
+                1.0,
+                1e-3,
+                1e4,
+            ):  # flatness is judged against the scale of outputs, all else against the range
                 classes = linearity.classify(scale * values[None], torch.tensor([scale]).double())
                 assert linearity.CLASSES[classes.item()] == name, (name, number)
     assert shares(torch.tensor([0, 0, 1, 2, 2, 2, 3])) == {

@@ -1,19 +1,21 @@
 """The MLP replaced by its linearised graph with the E strongest edges of each token: what is lost as E falls.
 
-    y_E = sum over active output latents i of  a_i(E) W_dec_y,i  +  b_dec_y,     a_i(E) = m_i(E) + sum_{kept j} J_ij s_j
+    y_E = sum over active output latents i of  a_i W_dec_y,i  +  b_dec_y,     a_i = m_i(c) + sum_{kept j} J_ij s_j
 
 The output latents that are present are those of the token itself (the active set at its linearisation point); the graph
-says how strong each is. It is linear: there is no ReLU behind it.
+says how strong each is. It is linear: there is no ReLU behind it. c is how many of the token's E edges go to i.
 
 What stands for the dropped edges matters. The remainder of the token's own expansion, s_y,i - sum_j J_ij s_j, would
 make the full graph exact by construction and tell about the token even without edges. The mean of each dropped edge
 over the tokens where both its ends are active (mean ablation edge by edge) cannot be estimated: most pairs of latents
-meet once in thousands of tokens, and the mean of one value is the value. So m_i(E) is the mean, over OTHER sequences
-and the tokens there on which i is active, of all that the kept edges do not carry, s_y,i - sum_{kept j} J_ij s_j, for
-this E and this ranking: mean ablation of dropped edges and remainder together, output latent by output latent. What is
-peculiar to a token can then come through its kept edges only. At E = 0 every active output latent has its mean; with
-all edges y_E is as good as the linear graph is, which is less than exact for an MLP that is not linear. An output
-latent that is not active in the other sequences takes the mean over all output activations there.
+meet once in thousands of tokens, and the mean of one value is the value. Zero for dropped edges makes even the best
+graph pay for a constant. So m_i(c) is the mean, over OTHER sequences and the tokens there on which i is active, of all
+that i's c strongest edges in the same ranking do not carry, s_y,i - sum_{c strongest j} J_ij s_j: mean ablation of an
+output latent's dropped edges and its remainder together. (c matters: where the strongest edges are kept, the rest that
+a mean stands for is small.) What is peculiar to a token can then come through its kept edges only. At E = 0 every
+active output latent has its mean activation; with all edges y_E is as good as the linear graph is, which is less than
+exact for an MLP that is not linear. An output latent that is not active in the other sequences takes the mean over all
+active output latents there.
 
 Scores. With L the cross-entropy or KL(clean || replaced), over x = log2(E + 1), by the trapezoid rule,
 
@@ -24,11 +26,19 @@ MLP's output, sum_i s_y,i W_dec_y,i + b_dec_y. Measuring against L_true rather t
 that is sparse but wrong score badly, even below 0. `edge_error` is sum |y_E - y_true|^2 / sum |y_true - mean y_true|^2.
 """
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from jsae_lightning.fidelity.edge_ranking import RANKINGS, contributions, kept_sums, ranking_scores
+from jsae_lightning.fidelity.edge_ranking import (
+    RANKINGS,
+    contributions,
+    kept_counts,
+    ranking_scores,
+    row_prefixes,
+)
 from jsae_lightning.fidelity.points import Points
 from jsae_lightning.frozen_mlp import FrozenMLP
 from jsae_lightning.metrics import Sums, cross_entropies, kl_divergences, ratio
@@ -38,32 +48,43 @@ from jsae_lightning.splicing import MAX_ELEMENTS
 LOSSES = ("ce", "kl")
 
 
-def carried(
+class Kept(NamedTuple):
+    """The edges of some tokens in the order of every one of RANKINGS, and what is kept of them."""
+
+    prefixes: Float[Tensor, "rankings tokens k_out prefixes"]
+    """What each output latent's c strongest edges carry, c = 0 .. k_in."""
+    counts: Int[Tensor, "rankings numbers tokens k_out"]
+    """How many edges each output latent keeps, for each number E."""
+
+
+def kept_edges(
     pair: SAEPair, mlp: FrozenMLP, points: Points, random: Float[Tensor, "tokens k_out k_in"], numbers: list[int]
-) -> Float[Tensor, "rankings numbers tokens k_out"]:
-    """Return what the kept edges carry to each output latent, for every one of RANKINGS and `numbers`."""
+) -> Kept:
+    """Rank the edges of tokens; `random` holds uniform numbers in [0, 1) for the random ranking."""
     contribution = contributions(points)
     scores = ranking_scores(pair, mlp, points, random)
-    return torch.stack([kept_sums(contribution, scores[name], numbers) for name in RANKINGS])
+    return Kept(
+        torch.stack([row_prefixes(contribution, scores[name]) for name in RANKINGS]),
+        torch.stack([kept_counts(scores[name], numbers) for name in RANKINGS]),
+    )
 
 
 def remainder_sums(
-    points: Points, kept: Float[Tensor, "rankings numbers tokens k_out"], d_sae: int
+    points: Points, prefixes: Float[Tensor, "rankings tokens k_out prefixes"], d_sae: int
 ) -> dict[str, Float[Tensor, "..."]]:
-    """Sum, for each output latent, s_y,i minus what the kept edges carry over the tokens where it is active; float64.
+    """Sum s_y,i minus what i's c strongest edges carry, over the tokens where i is active, for every i and c; float64.
 
-    `remainder` is (rankings, numbers, d_sae), `active` (d_sae,).
+    `remainder` is (rankings, prefixes, d_sae), `active` (d_sae,).
     """
-    rankings, numbers = kept.shape[:2]
     active = points.latents_out.active
     index = points.latents_out.indices[active]
-    remainder = (points.latents_out.values - kept).double()[:, :, active]
-    total = remainder.new_zeros(rankings, numbers, d_sae).index_add_(2, index, remainder)
-    return {"remainder": total, "active": torch.bincount(index, minlength=d_sae).double()}
+    remainder = (points.latents_out.values[:, :, None] - prefixes).double()[:, active]
+    total = remainder.new_zeros(len(prefixes), d_sae, prefixes.shape[3]).index_add_(1, index, remainder)
+    return {"remainder": total.transpose(1, 2), "active": torch.bincount(index, minlength=d_sae).double()}
 
 
-def remainder_means(sums: Sums) -> Float[Tensor, "rankings numbers d_sae"]:
-    """Return m_i(E) from the totals of `remainder_sums`; see the module's docstring for latents without data."""
+def remainder_means(sums: Sums) -> Float[Tensor, "rankings prefixes d_sae"]:
+    """Return m_i(c) from the totals of `remainder_sums`; see the module's docstring for latents without data."""
     remainder, active = sums["remainder"], sums["active"]
     overall = remainder.sum(dim=2, keepdim=True) / active.sum().clamp(min=1)
     return torch.where(active > 0, remainder / active.clamp(min=1), overall)
@@ -72,12 +93,14 @@ def remainder_means(sums: Sums) -> Float[Tensor, "rankings numbers d_sae"]:
 def graph_outputs(
     pair: SAEPair,
     points: Points,
-    kept: Float[Tensor, "tokens k_out"],
-    means: Float[Tensor, " d_sae"],
+    prefixes: Float[Tensor, "tokens k_out prefixes"],
+    counts: Int[Tensor, "tokens k_out"],
+    means: Float[Tensor, "prefixes d_sae"],
 ) -> Float[Tensor, "tokens d_model"]:
     """Return y_E for one ranking and one E, in the pair's precision."""
     latents = points.latents_out
-    values = torch.where(latents.active, kept + means.to(kept.dtype)[latents.indices], 0.0)
+    carried = prefixes.gather(2, counts[:, :, None])[:, :, 0]
+    values = torch.where(latents.active, carried + means.to(carried.dtype)[counts, latents.indices], 0.0)
     return pair.output_sae.decode(Latents(values, latents.indices))
 
 

@@ -12,7 +12,7 @@ A ranking only orders edges: what a kept edge carries is J_ij s_j in all of them
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from jsae_lightning.fidelity.points import Points
@@ -69,9 +69,19 @@ def contributions(points: Points) -> Float[Tensor, "tokens k_out k_in"]:
     return points.jacobian.values * points.latents_in.values[:, None]
 
 
-def kept_sums(
-    contribution: Float[Tensor, "tokens k_out k_in"], score: Float[Tensor, "tokens k_out k_in"], numbers: list[int]
-) -> Float[Tensor, "numbers tokens k_out"]:
-    """Return, for each number E, the sum of what the token's E edges of highest score carry to each output latent."""
+def row_prefixes(
+    contribution: Float[Tensor, "tokens k_out k_in"], score: Float[Tensor, "tokens k_out k_in"]
+) -> Float[Tensor, "tokens k_out prefixes"]:
+    """Return, for c = 0 .. k_in, the sum of what each output latent's c edges of highest score carry to it."""
+    order = score.argsort(dim=2, descending=True, stable=True)
+    cumulative = contribution.gather(2, order).cumsum(dim=2)
+    return torch.cat([torch.zeros_like(cumulative[:, :, :1]), cumulative], dim=2)
+
+
+def kept_counts(score: Float[Tensor, "tokens k_out k_in"], numbers: list[int]) -> Int[Tensor, "numbers tokens k_out"]:
+    """Return, for each number E, how many of the token's E edges of highest score go to each output latent.
+
+    Those are the output latent's own edges of highest score: the prefixes of `row_prefixes`.
+    """
     rank = score.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(dim=1).view_as(score)
-    return torch.stack([torch.where(rank < number, contribution, 0.0).sum(dim=2) for number in numbers])
+    return torch.stack([(rank < number).sum(dim=2) for number in numbers])

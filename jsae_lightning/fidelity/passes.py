@@ -83,7 +83,7 @@ def pair_sums(plan: Plan, shard: tuple[int, int]) -> Sums:
 
 
 @torch.no_grad()
-def curve_sums(plan: Plan, means: Float[Tensor, "rankings numbers d_sae"], shard: tuple[int, int]) -> Sums:
+def curve_sums(plan: Plan, means: Float[Tensor, "rankings prefixes d_sae"], shard: tuple[int, int]) -> Sums:
     """Return the sums behind CE, KL and error of every ranking and number of edges (`group/...`)."""
     held_out, (rank, world_size) = plan.held_out, shard
     device = held_out.pair.input_sae.W_enc.device
@@ -141,8 +141,8 @@ def _studied(
     for name, change in changes.items():
         terms |= with_prefix(f"{name}/", ablation.regression_terms(*change))
     sums = {f"group/{key}": _by_group(value, group[has_pair], plan.num_groups) for key, value in terms.items()}
-    kept = edge_curves.carried(pair, mlp, points, random.to(points.x.dtype), plan.numbers)
-    sums |= with_prefix("graph/", edge_curves.remainder_sums(points, kept, pair.output_sae.d_sae))
+    kept = edge_curves.kept_edges(pair, mlp, points, random.to(points.x.dtype), plan.numbers)
+    sums |= with_prefix("graph/", edge_curves.remainder_sums(points, kept.prefixes, pair.output_sae.d_sae))
     columns = {"latents": torch.stack([pairs.output, pairs.input], dim=1), "class": classes, "x": moved, "y": values}
     columns |= {"curvature": share.nan_to_num(0.0), "curved": ~share.isnan(), "present": torch.ones_like(share)}
     for name, (predicted, measured, alive) in changes.items():
@@ -155,7 +155,7 @@ def _studied(
     return sums
 
 
-def _curves_of_batch(plan: Plan, means: Float[Tensor, "rankings numbers d_sae"], batch: list[int]) -> Sums:
+def _curves_of_batch(plan: Plan, means: Float[Tensor, "rankings prefixes d_sae"], batch: list[int]) -> Sums:
     held_out, pair, model = plan.held_out, plan.held_out.pair, plan.held_out.language_model
     device, dtype = pair.input_sae.W_enc.device, pair.input_sae.W_enc.dtype
     tokens, included = held_out.tokens[batch].to(device), held_out.included[batch].to(device)
@@ -165,7 +165,7 @@ def _curves_of_batch(plan: Plan, means: Float[Tensor, "rankings numbers d_sae"],
     studied = [points_at(pair, held_out.mlp, x, held_out.at) for x in chunks(mlp_in, pair_cost(plan))]
     sizes = [len(points.x) for points in studied]
     kept = [
-        edge_curves.carried(pair, held_out.mlp, points, draws, plan.numbers)
+        edge_curves.kept_edges(pair, held_out.mlp, points, draws, plan.numbers)
         for points, draws in zip(studied, random.split(sizes) if sizes else (), strict=True)
     ]
     positions = included[:, :-1].nonzero()
@@ -196,7 +196,7 @@ def _curves_of_batch(plan: Plan, means: Float[Tensor, "rankings numbers d_sae"],
     for e in range(len(plan.numbers)):
         for r in range(len(RANKINGS)):
             parts = [
-                edge_curves.graph_outputs(pair, points, some[r, e], means[r, e].to(device))
+                edge_curves.graph_outputs(pair, points, some.prefixes[r], some.counts[r, e], means[r].to(device))
                 for points, some in zip(studied, kept, strict=True)
             ]
             y = torch.cat([mlp_in[:0], *parts])
