@@ -6,7 +6,8 @@ one. They are dealt to G contiguous groups; with theta_g the figure on all group
     standard error = sqrt((G - 1) / G * sum_g (theta_g - mean_g theta_g)^2)
 
 (Efron and Stein 1981; for groups, Kott 2001). For a mean over groups of equal size it is the classical standard error
-of the mean, s / sqrt(G). It asks nothing of a figure but that it is smooth in its sums.
+of the mean, s / sqrt(G). It asks nothing of a figure but that it is smooth in its sums; the share of dead latents,
+which jumps when the only group in which a latent fires is left out, has a rough error only.
 """
 
 import math

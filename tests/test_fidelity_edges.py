@@ -185,6 +185,12 @@ def test_figures_and_arrays_of_a_run(result):
     names += ["jump_relu_share", "other_share", "curvature_median"]
     names += [f"edge_{loss}_area_{ranking}" for loss in ("ce", "kl") for ranking in RANKINGS]
     assert {f"fidelity/{name}" for name in names} <= set(found.figures)
+    assert set(found.replicates) == set(found.figures)
+    for name in ("fidelity/unit_slope", "fidelity/edge_kl_area_contribution"):
+        values = found.replicates[name]  # three sequences, each a document, in either pass
+        assert len(values) == 3 and found.figures[name].standard_error == pytest.approx(
+            math.sqrt(2 / 3 * (values - values.mean()).square().sum().item())
+        )
     assert set(found.curves) == {f"edge_{kind}/{name}" for kind in ("ce", "kl", "error") for name in RANKINGS}
     for kind in ("ce", "kl", "error"):
         curves = [found.curves[f"edge_{kind}/{name}"] for name in RANKINGS]

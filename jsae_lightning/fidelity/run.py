@@ -1,7 +1,7 @@
 """All of fidelity in one call."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -14,7 +14,7 @@ from jsae_lightning.fidelity.edge_ranking import RANKINGS
 from jsae_lightning.fidelity.passes import Plan, curve_sums, pair_sums
 from jsae_lightning.fidelity.points import spread
 from jsae_lightning.held_out import HeldOut
-from jsae_lightning.jackknife import Figure, jackknife
+from jsae_lightning.jackknife import Figure, leave_one_out, standard_error
 from jsae_lightning.jacobians import JACOBIAN_AT
 from jsae_lightning.metrics import Sums, without_prefix
 
@@ -27,7 +27,9 @@ class FidelityResult:
 
     figures: dict[str, Figure]
     """Keys `fidelity/...`."""
-    curves: dict[str, dict[str, Any]]
+    replicates: dict[str, Tensor]
+    """By figure: its value without one of the groups that hold data, float64; for differences of two pairs."""
+    curves: dict[str, dict[str, list[float] | None]]
     """`edge_ce/<ranking>`, `edge_kl/<ranking>`, `edge_error/<ranking>`: lists `x` (edges kept), `y`, `standard_error`.
 
     A NaN stands for what cannot be told.
@@ -66,10 +68,11 @@ def run_fidelity(
     means = edge_curves.remainder_means(without_prefix("graph/", first))
     second = all_reduce_sum(curve_sums(plan, means, shard))
     of_pairs, of_curves = _by_group(first), _by_group(second)
-    figures = jackknife(of_pairs, pair_figures)
-    figures |= jackknife(of_curves, lambda sums: edge_curves.curve_figures(sums, plan.numbers))
+    found = _with_errors(of_pairs, pair_figures)
+    found |= _with_errors(of_curves, lambda sums: edge_curves.curve_figures(sums, plan.numbers))
     return FidelityResult(
-        figures={f"fidelity/{name}": figure for name, figure in figures.items()},
+        figures={f"fidelity/{name}": figure for name, (figure, _) in found.items()},
+        replicates={f"fidelity/{name}": replicates for name, (_, replicates) in found.items()},
         curves=_curves(of_curves, plan.numbers),
         arrays=_arrays({key: value.cpu() for key, value in without_prefix("sample/", first).items()}),
     )
@@ -112,12 +115,24 @@ def pair_figures(sums: Sums) -> dict[str, float]:
     return figures | curvature.curvature_figures(without_prefix("curvature/", sums))
 
 
+def _with_errors(
+    group_sums: list[Sums], function: Callable[[Sums], dict[str, float]]
+) -> dict[str, tuple[Figure, Tensor]]:
+    """Return each figure with its standard error (`jackknife`) and its leave-one-out values."""
+    total, without = leave_one_out(group_sums, function)
+    found = {}
+    for name, mean in total.items():
+        replicates = torch.tensor([figures[name] for figures in without], dtype=torch.float64)
+        found[name] = Figure(mean, standard_error(replicates)), replicates
+    return found
+
+
 def _by_group(sums: Sums) -> list[Sums]:
     grouped = {key: value.cpu() for key, value in without_prefix("group/", sums).items()}
     return [{key: value[group] for key, value in grouped.items()} for group in range(len(next(iter(grouped.values()))))]
 
 
-def _curves(group_sums: list[Sums], numbers: list[int]) -> dict[str, dict[str, Any]]:
+def _curves(group_sums: list[Sums], numbers: list[int]) -> dict[str, dict[str, list[float] | None]]:
     def flat(sums: Sums) -> dict[str, float]:
         return {
             f"{kind} {r} {e}": value.item()
@@ -126,13 +141,13 @@ def _curves(group_sums: list[Sums], numbers: list[int]) -> dict[str, dict[str, A
             for e, value in enumerate(row)
         }
 
-    figures = jackknife(group_sums, flat)
-    curves = {}
+    figures = {name: figure for name, (figure, _) in _with_errors(group_sums, flat).items()}
+    curves: dict[str, dict[str, list[float] | None]] = {}
     for kind in ("ce", "kl", "error"):
         for r, name in enumerate(RANKINGS):
             points = [figures[f"{kind} {r} {e}"] for e in range(len(numbers))]
             curves[f"edge_{kind}/{name}"] = {
-                "x": list(numbers),
+                "x": [float(number) for number in numbers],
                 "y": [point.mean for point in points],
                 "standard_error": [point.standard_error for point in points],
             }
