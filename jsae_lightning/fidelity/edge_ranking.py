@@ -41,11 +41,14 @@ def integrated_gradients(
     by completeness sum_j IG_ij = z_i(s) - z_i(0) up to the midpoint rule's error, exactly where f is quadratic.
     """
     decoded = pair.input_sae.decode(points.latents_in) - pair.input_sae.b_dec
-    total = torch.zeros_like(points.jacobian.values)
+    totals: list[Tensor] = []
     for step in range(steps):
         _, slopes = mlp.forward_with_slopes(points.x + ((step + 0.5) / steps - 1) * decoded)
-        total += jacobian_from_latents(pair, mlp, slopes, points.latents_in, points.latents_out).values
-    return total / steps * points.latents_in.values[:, None]
+        totals = [t + slope for t, (_, slope) in zip(totals, slopes, strict=True)] if totals else [s for _, s in slopes]
+    # J is linear in the slopes of the MLP, so their mean gives the mean of J.
+    mean_slopes = tuple((weight, total / steps) for (weight, _), total in zip(slopes, totals, strict=True))
+    mean = jacobian_from_latents(pair, mlp, mean_slopes, points.latents_in, points.latents_out).values
+    return mean * points.latents_in.values[:, None]
 
 
 def ranking_scores(

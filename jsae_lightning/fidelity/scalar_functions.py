@@ -49,5 +49,5 @@ def _values_of_some(
     pre_activations = torch.addmm(sae.b_enc, mlp_out - sae.b_dec if sae.subtract_b_dec else mlp_out, sae.W_enc)
     latent = pairs.output[rows].repeat_interleave(moved.shape[1])
     own = pre_activations.gather(1, latent[:, None])
-    chosen = (pre_activations > own).sum(dim=1) < sae.k
+    chosen = (pre_activations > own).sum(dim=1, dtype=torch.int32) < sae.k
     return torch.where(chosen, own[:, 0].relu(), 0.0).view_as(shift)
