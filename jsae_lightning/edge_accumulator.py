@@ -112,9 +112,7 @@ def gather_on_first_rank(accumulator: EdgeAccumulator, parts: Path) -> EdgeAccum
     all_reduce_sum({"barrier": torch.zeros(1, device=device)})
     if rank:
         return accumulator
-    whole = EdgeAccumulator(
-        accumulator.d_in, accumulator.d_out, parts / "merged", max_pairs=accumulator.max_pairs
-    )
+    whole = EdgeAccumulator(accumulator.d_in, accumulator.d_out, parts / "merged", max_pairs=accumulator.max_pairs)
     for other in range(world_size):
         if not (parts / str(other) / "done").is_file():
             raise UserError(

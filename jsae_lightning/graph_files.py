@@ -157,7 +157,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> int:
     """Write one JSON object a line, as they come; return how many there were."""
     lines = 0
-    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8", errors="replace") as file:
         for record in records:
             file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
             lines += 1
