@@ -1,4 +1,4 @@
-"""Where edges are strongest: for chosen pairs of latents, the sequences with the largest |J| and the text around them."""
+"""Where edges are strongest: for chosen pairs of latents, the sequences with the largest |J| and their text."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -2,11 +2,11 @@
 
     mean_abs_ij = sum_t |J_ij(t)| / #{t : i active},      mean_ij = sum_t J_ij(t) / #{t : i active}
 
-over the counted tokens, with J_ij = 0 where j is inactive: for the average token on which output latent i is active, how
-much input latent j matters. Farnik et al. (arXiv 2502.18147) judge single tokens; the average over tokens is ours.
+over the counted tokens, with J_ij = 0 where j is inactive: for the average token on which output latent i is active,
+how much input latent j matters. Farnik et al. (arXiv 2502.18147) judge single tokens; the average over tokens is ours.
 
-Two passes over the tokens, each with one forward pass of the language model (up to the MLP) per batch: the first adds up
-the pairs and keeps the latents' top contexts, the second reads the windows around them and the top edges' contexts.
+Two passes over the tokens, each with one forward pass of the language model (up to the MLP) per batch: the first adds
+up the pairs and keeps the latents' top contexts, the second reads the windows around them and the top edges' contexts.
 Ranks share the sequences out; rank 0 writes the files.
 """
 
@@ -237,7 +237,7 @@ def _write(
             "num_edges": summary.num_edges,
             "kept_edges": summary.num_edges,
             "graphml_edges": graph.number_of_edges(),
-            "note": "edges.parquet holds every pair of latents that was active on a common token, exactly; graph.graphml "
+            "note": "edges.parquet holds every pair of latents that was active on a common token; graph.graphml "
             "those with the largest mean |J|; edge_contexts.jsonl those with the largest sum of |J| over tokens",
         },
     )

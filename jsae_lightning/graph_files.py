@@ -44,7 +44,7 @@ def write_edges(path: Path, blocks: Iterable[Block]) -> int:
 
 
 def write_latents(path: Path, statistics: dict[str, dict[str, Tensor]]) -> None:
-    """Write a row for each latent of `input` and `output`: `count`, `mean_activation` (null if never), `max_activation`.
+    """Write a row for each latent of both sides: `count`, `mean_activation` (null: never active), `max_activation`.
 
     `statistics[side]` holds `count`, `sum` and `max` of shape (d_sae,).
     """
@@ -103,7 +103,7 @@ def read_edges(folder: str | Path, *, max_edges: int | None = None, min_weight: 
 
 
 def read_latents(folder: str | Path) -> "pyarrow.Table":
-    """Return `latents.parquet` of an evaluation, a row for each latent of either side; raise UserError if it is not there."""
+    """Return `latents.parquet` of an evaluation, a row for each latent; raise UserError if it is not there."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -89,7 +89,7 @@ def summarize_graph(
     needed, gini, top = _by_weight(by_sum.merged(), total, rows, top_edges)
     used = per_output[0] > 0
     effective = per_output[0][used].square() / per_output[1][used]
-    inputs_per_output = ratio(effective.sum().item(), int(used.sum()))
+    inputs_per_output = ratio(effective.sum().item(), float(used.sum()))
     figures = (float(rows), needed, ratio(total**2, squares), inputs_per_output, gini)
     return GraphSummary(rows, top, dict(zip(FIGURES, figures, strict=True)))
 
@@ -110,5 +110,5 @@ def _by_weight(
             needed = float(done + int((cumulative < 0.9 * (1 - _SLACK) * total).sum()) + 1)
         ranked += float((torch.arange(done + 1, done + len(weight) + 1, dtype=torch.float64) * weight).sum())
         held, done = float(cumulative[-1]), done + len(weight)
-    gini = ratio(num_edges + 1, num_edges) - ratio(2 * ranked, num_edges * total)
+    gini = ratio(num_edges + 1.0, float(num_edges)) - ratio(2 * ranked, num_edges * total)
     return needed, gini, torch.cat(top)
