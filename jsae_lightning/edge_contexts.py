@@ -11,7 +11,7 @@ from jsae_lightning.contexts import AFTER, BEFORE, TokenText, TopContexts, conte
 from jsae_lightning.held_out import HeldOut
 from jsae_lightning.jacobians import jacobian
 from jsae_lightning.sae import Latents
-from jsae_lightning.splicing import chunks
+from jsae_lightning.splicing import MAX_ELEMENTS
 
 WINDOWS = ("activations_output", "activations_input", "jacobian")
 
@@ -45,8 +45,7 @@ class EdgeContexts:
         values = torch.zeros(both.shape, device=x.device)
         # The Jacobian is computed where it is needed only: on few tokens of a sequence, as a rule.
         k = max(held_out.pair.input_sae.k, held_out.pair.output_sae.k)
-        for tokens in chunks(both.any(dim=1).nonzero(), held_out.mlp.d_mlp * k):
-            tokens = tokens[:, 0]
+        for tokens in both.any(dim=1).nonzero()[:, 0].split(max(1, MAX_ELEMENTS // (held_out.mlp.d_mlp * k))):
             found = jacobian(held_out.pair, held_out.mlp, x[tokens], at=held_out.at).values
             row = torch.arange(len(tokens), device=x.device)[:, None]
             entry = found[row, slot_out[tokens].clamp(min=0), slot_in[tokens].clamp(min=0)]

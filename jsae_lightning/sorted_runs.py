@@ -102,17 +102,20 @@ class SortedRuns:
             self.flush()
         elif self._memory is not None:
             yield self._memory
-        runs = [_open(path) for path in self._files]
-        at = [0] * len(runs)
-        while any(position < len(run[KEY]) for position, run in zip(at, runs, strict=True)):
+        at, rows = [0] * len(self._files), self.num_rows if self._files else 0
+        while rows:
+            # Opened anew for each piece: pages of a mapped file count as this process's memory until it is closed.
+            runs = [_open(path) for path in self._files]
             end = self._ends(runs, at)
             pieces = [
                 {name: torch.from_numpy(np.array(column[a:b])) for name, column in run.items()}
                 for run, a, b in zip(runs, at, end, strict=True)
                 if b > a
             ]
-            yield sort_block(concatenate(pieces))
+            del runs
+            rows -= sum(end) - sum(at)
             at = end
+            yield sort_block(concatenate(pieces))
 
     def _ends(self, runs: list[dict[str, np.ndarray]], at: list[int]) -> list[int]:
         """Return where each run's next piece ends: the most whole keys whose rows fit into `max_rows`, at least one."""

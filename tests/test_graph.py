@@ -50,7 +50,7 @@ def assert_same(found, expected):
         torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("max_pairs", [8, 100, 1000, 100_000])
+@pytest.mark.parametrize("max_pairs", [100, 1000, 100_000])
 def test_sums_are_the_dense_ones_in_memory_and_through_files(tmp_path, max_pairs):
     key, values = random_entries()
     values[::7] = 0  # zeros count as pairs
@@ -122,7 +122,7 @@ def read_edges_at(folder):
 def test_figures_do_not_change_with_the_scale_and_are_those_of_a_known_graph(tmp_path):
     figures = []
     for scale in (1.0, 1e-3):
-        edges = EdgeAccumulator(40, 30, tmp_path / f"{scale}", max_pairs=100)
+        edges = EdgeAccumulator(40, 30, tmp_path / f"{scale}", max_pairs=400)
         key, values = random_entries()
         edges.add_entries(key, values * scale)
         summary = summarize_graph(edges, torch.full((30,), 9), tmp_path / f"s{scale}", tmp_path, top_edges=5)
@@ -282,8 +282,8 @@ print(summary.num_edges, edges.runs.num_files, edges.peak_rows, peak * 1024)
 
 
 def test_memory_is_bounded_at_65536_latents(tmp_path):
-    """3 M random pairs, ten times as many as may be in memory."""
-    max_pairs = 300_000
+    """3 M random pairs, fifteen times as many as may be in memory."""
+    max_pairs = 200_000
     command = [sys.executable, "-c", MEMORY, str(tmp_path), str(max_pairs), "3000"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     num_edges, files, peak_rows, peak = map(int, done.stdout.split())
