@@ -135,11 +135,11 @@ def test_figures_do_not_change_with_the_scale_and_are_those_of_a_known_graph(tmp
     assert figures[0]["graph/edges_for_90"] == needed
     equal = EdgeAccumulator(40, 30, tmp_path / "equal")
     equal.add_entries(torch.arange(20), torch.ones(20))
-    summary = summarize_graph(equal, torch.ones(30), tmp_path / "s", tmp_path, top_edges=30)
+    summary = summarize_graph(equal, torch.ones(30, dtype=torch.int64), tmp_path / "s", tmp_path, top_edges=30)
     assert list(summary.figures.values()) == pytest.approx([20, 18, 20, 20, 0])
     assert len(summary.top) == 20
     nothing = EdgeAccumulator(40, 30, tmp_path / "nothing")
-    summary = summarize_graph(nothing, torch.ones(30), tmp_path / "s0", tmp_path, top_edges=3)
+    summary = summarize_graph(nothing, torch.ones(30, dtype=torch.int64), tmp_path / "s0", tmp_path, top_edges=3)
     assert summary.figures["graph/edges"] == 0
     assert math.isnan(summary.figures["graph/gini"])
     assert read_edges(tmp_path).num_rows == 0
