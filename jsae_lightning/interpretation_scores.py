@@ -50,7 +50,7 @@ def load_scores(path: Path) -> list[Interpretation]:
         key = (item.side, item.latent, item.scorer)
         if key in seen:
             raise UserError(
-                f"{path}: line {line}: {item.side} latent {item.latent} has line {seen[key]} already: keep one of them, "
+                f"{path}: line {line}: {item.side} latent {item.latent} has line {seen[key]} already: keep one, "
                 "or name different scorers in the field scorer"
             )
         seen[key] = line
