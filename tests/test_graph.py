@@ -291,3 +291,42 @@ def test_memory_is_bounded_at_65536_latents(tmp_path):
     assert files > 5
     assert peak_rows <= max_pairs
     assert peak < 100 * max_pairs + 60e6  # the rest is torch's and pyarrow's own; all pairs in memory take 300 MB
+
+
+RANK = """
+import sys
+from pathlib import Path
+import torch.distributed as dist
+from held_out_factory import make_held_out
+from jsae_lightning.autointerp import export_autointerp
+from jsae_lightning.graph import run_graph
+
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+figures = run_graph(make_held_out(), folder, tokens=None, top_edges=7, contexts=3, edge_contexts=2, max_pairs=80)
+export_autointerp(make_held_out(), folder, latents=4, examples=2)
+(folder / f"{rank}.txt").write_text(repr(sorted(figures.items())))
+dist.destroy_process_group()
+"""
+
+
+def test_two_ranks_write_what_one_writes(tmp_path):
+    from jsae_lightning.autointerp import export_autointerp
+
+    (tmp_path / "two").mkdir()
+    command = [sys.executable, "-c", RANK]
+    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path / "two")]) for rank in range(2)]
+    one = run_graph(make_held_out(), tmp_path / "one", **SETTINGS)
+    export_autointerp(make_held_out(), tmp_path / "one", latents=4, examples=2)
+    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    texts = [(tmp_path / "two" / f"{rank}.txt").read_text() for rank in range(2)]
+    assert texts[0] == texts[1]
+    assert dict(eval(texts[0])) == pytest.approx(one)
+    by_pair = [sorted(read_edges_at(tmp_path / name)) for name in ("one", "two")]
+    assert by_pair[0] == [pytest.approx(row, rel=1e-6, abs=1e-9) for row in by_pair[1]]
+    names = ("graph/contexts.jsonl", "graph/edge_contexts.jsonl", "autointerp/input.jsonl", "autointerp/output.jsonl")
+    for name in names:
+        assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text(), name
+    latents = [graph_module.graph_files.read_latents(tmp_path / name).to_pylist() for name in ("one", "two")]
+    assert [row["count"] for row in latents[0]] == [row["count"] for row in latents[1]]
+    assert not (tmp_path / "two" / "graph" / ".parts").exists()
