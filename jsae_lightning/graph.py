@@ -99,8 +99,8 @@ def run_graph(
         windows = _second_pass(held_out, mask, top, edge_top)
         if rank == 0:
             _write(held_out, target, mask, totals, summary, top, windows, edge_top, graphml_edges)
-    finally:
         _wait_for_all(held_out)
+    finally:  # without waiting: after an error the other ranks are elsewhere
         if rank == 0:
             shutil.rmtree(parts, ignore_errors=True)
     return summary.figures
