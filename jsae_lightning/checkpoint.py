@@ -183,6 +183,7 @@ def load_run(folder: str | Path, *, device: str | torch.device = "cpu") -> Run:
         dtype=model["dtype"],
         random_weights=model["random_weights"],
         seed=model["random_seed"],
+        synthetic=model.get("synthetic"),  # absent from exports of versions that had none
     )
     if (found := mlp.weights_hash()) != model["mlp_hash"]:
         raise UserError(

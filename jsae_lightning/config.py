@@ -18,9 +18,12 @@ from jsae_lightning.config_schema import RootConfig
 from jsae_lightning.errors import UserError
 from jsae_lightning.processes import rank_suffix, start_time
 from jsae_lightning.sharding import choose_num_shards
+from jsae_lightning.synthetic import NAME as SYNTHETIC
+from jsae_lightning.synthetic.spec import make_spec
 
 PACKAGE_DIR = Path(__file__).resolve().parent
-SOURCES = ("stdlib", "text", "jsonl", "parquet", "arrow", "hub")
+SOURCES = ("stdlib", "synthetic", "text", "jsonl", "parquet", "arrow", "hub")
+_MADE = ("stdlib", "synthetic")  # read no files
 PENALTIES = (
     "l1", "l1_over_l2_batch", "l1_over_l2_token", "log", "l04", "exp", "tanh", "scad", "capped_l1", "kurtosis",
     "hoyer", "l1_rows_l05",
@@ -46,6 +49,7 @@ _POSITIVE = (
 )  # fmt: skip
 _DATA_KEYS_OF_OTHERS = {  # what each kind of source does not read
     "stdlib": ("path", "name", "config_name", "revision", "streaming", "text_column", "token_column"),
+    "synthetic": ("path", "name", "config_name", "revision", "streaming", "text_column", "token_column"),
     "files": ("name", "config_name", "revision"),
     "hub": ("path",),
 }
@@ -111,7 +115,9 @@ def check_architecture(cfg: DictConfig) -> None:
     """Check layer, context and widths against the language model's shape, read from its config.json alone."""
     from jsae_lightning.architecture import read_architecture
 
-    architecture = read_architecture(cfg.model.path or cfg.model.name, revision=cfg.model.revision)
+    architecture = read_architecture(
+        cfg.model.path or cfg.model.name, revision=cfg.model.revision, synthetic=to_dict(cfg.model)["synthetic"]
+    )
     if cfg.model.layer >= architecture.num_layers:
         raise UserError(
             f"model.layer: {cfg.model.layer} is out of range: the model has {architecture.num_layers} layers, "
@@ -189,6 +195,13 @@ def to_dict(node: DictConfig) -> dict[str, Any]:
 
 
 def _check_model(cfg: DictConfig) -> None:
+    if (cfg.model.name == SYNTHETIC) != (cfg.model.synthetic is not None):
+        raise UserError(
+            f"model.synthetic: is {'null' if cfg.model.synthetic is None else 'set'} with model.name "
+            f"'{cfg.model.name}': model.synthetic describes the model called {SYNTHETIC}: choose model=synthetic"
+        )
+    if cfg.model.synthetic is not None:
+        make_spec(to_dict(cfg.model.synthetic))
     if (cfg.model.name is None) == (cfg.model.path is None):
         raise UserError(
             f"model.name: '{cfg.model.name}' with model.path '{cfg.model.path}': "
@@ -203,8 +216,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _check_data(cfg: DictConfig) -> None:
-    local = cfg.data.source in SOURCES[1:-1]
-    for key in _DATA_KEYS_OF_OTHERS[cfg.data.source if cfg.data.source in ("stdlib", "hub") else "files"]:
+    local = cfg.data.source not in (*_MADE, "hub")
+    for key in _DATA_KEYS_OF_OTHERS["files" if local else cfg.data.source]:
         if cfg.data[key] not in (None, False):
             raise UserError(
                 f"data.{key}: '{cfg.data[key]}' has no effect with data.source={cfg.data.source}: leave it null, "
@@ -214,6 +227,11 @@ def _check_data(cfg: DictConfig) -> None:
         raise UserError(f"data.path: null, but data.source={cfg.data.source} reads files: give a file, folder or glob")
     if local and not any(character in cfg.data.path for character in "*?[") and not Path(cfg.data.path).exists():
         raise UserError(f"data.path: there is no file or folder '{cfg.data.path}': give one that exists")
+    if (cfg.data.source == SYNTHETIC) != (cfg.model.synthetic is not None):
+        raise UserError(
+            f"data.source: {cfg.data.source} with model.name '{cfg.model.name}': the synthetic model reads its own tokens "
+            "and no other model does: give both model=synthetic and data=synthetic, or neither"
+        )
     if cfg.data.source == "hub" and cfg.data.name is None:
         raise UserError("data.name: null, but data.source=hub reads a dataset: give its name")
 

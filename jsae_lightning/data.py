@@ -111,6 +111,11 @@ class ActivationDataModule(LightningDataModule):
         """The MLP of the language model's layer."""
         return self.language_model.frozen_mlp
 
+    @property
+    def _synthetic(self) -> dict[str, Any] | None:
+        """The keys of `model.synthetic`, where the model is a synthetic one (which has no tokenizer)."""
+        return self._model.get("synthetic")
+
     def prepare_data(self) -> None:
         """Tokenise a table of raw text into the cache on disk: once a node, before the other ranks read it there."""
         if self._config.source in ("jsonl", "parquet", "arrow", "hub") and not self._config.streaming:
@@ -132,7 +137,7 @@ class ActivationDataModule(LightningDataModule):
         if self.trainer is not None:
             self._rank, self._world_size = self.trainer.global_rank, self.trainer.world_size
             device = self.trainer.strategy.root_device
-        sequences = self._make_sequences(open_source(self._config))
+        sequences = self._make_sequences(open_source(self._config, self._synthetic))
         self.geometry = self._block_geometry(sequences.probe)
         self._check_amount(sequences)
         check_cache_dir(self._config.cache_dir)
@@ -204,7 +209,9 @@ class ActivationDataModule(LightningDataModule):
     # Sequences
 
     def _make_sequences(self, source: Source) -> _Sequences:
-        architecture = read_architecture(self._model["name_or_path"], revision=self._model.get("revision"))
+        architecture = read_architecture(
+            self._model["name_or_path"], revision=self._model.get("revision"), synthetic=self._synthetic
+        )
         self._where = source.train.where
         self._encoder = self._make_encoder(source.train, architecture)
         self._encoder.encode(list(source.train.head))  # a vocabulary that does not match shows in the first rows
@@ -232,7 +239,8 @@ class ActivationDataModule(LightningDataModule):
         self._context_length = length
         self.tokenizer = None
         try:
-            self.tokenizer = load_tokenizer(self._model["name_or_path"], revision=self._model.get("revision"))
+            if self._synthetic is None:
+                self.tokenizer = load_tokenizer(self._model["name_or_path"], revision=self._model.get("revision"))
         except UserError:
             if not rows.holds_tokens:
                 raise
