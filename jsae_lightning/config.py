@@ -229,8 +229,8 @@ def _check_data(cfg: DictConfig) -> None:
         raise UserError(f"data.path: there is no file or folder '{cfg.data.path}': give one that exists")
     if (cfg.data.source == SYNTHETIC) != (cfg.model.synthetic is not None):
         raise UserError(
-            f"data.source: {cfg.data.source} with model.name '{cfg.model.name}': the synthetic model reads its own tokens "
-            "and no other model does: give both model=synthetic and data=synthetic, or neither"
+            f"data.source: {cfg.data.source} with model.name '{cfg.model.name}': the synthetic model reads its own "
+            "tokens and no other model does: give both model=synthetic and data=synthetic, or neither"
         )
     if cfg.data.source == "hub" and cfg.data.name is None:
         raise UserError("data.name: null, but data.source=hub reads a dataset: give its name")

@@ -120,8 +120,8 @@ class LanguageModel:
         if synthetic is not None:
             if dtype != "float32" or random_weights is not False:
                 raise UserError(
-                    f"model.synthetic: the model is made in float32 with weights of its own, but model.dtype is {dtype} "
-                    f"and model.random_weights {random_weights}: leave them float32 and false"
+                    f"model.synthetic: the model is made in float32 with weights of its own, but model.dtype is "
+                    f"{dtype} and model.random_weights {random_weights}: leave them float32 and false"
                 )
             from jsae_lightning.synthetic.language_model import SyntheticLanguageModel
 

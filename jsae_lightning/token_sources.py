@@ -1,7 +1,7 @@
 """Where the text or the tokens come from: the rows of each source, and which of them nobody trains on.
 
-A row is one document (a text) or a list of token ids. Sources: `stdlib`, `synthetic` and `text` are held in memory; `jsonl`,
-`parquet`, `arrow` and `hub` go through the `datasets` library, as a table (random access) or as a stream.
+A row is one document (a text) or a list of token ids. Sources: `stdlib`, `synthetic` and `text` are held in memory;
+`jsonl`, `parquet`, `arrow` and `hub` go through the `datasets` library, as a table (random access) or as a stream.
 Importing this module loads neither torch nor `datasets`.
 """
 

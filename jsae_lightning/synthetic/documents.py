@@ -1,7 +1,8 @@
 """Documents of tokens sampled from a synthetic language model, as a source that can be read again and again."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Int64
@@ -19,7 +20,7 @@ class SyntheticDocuments:
     Document i is a function of the model's parameters, the split's name and i, however many are read.
     """
 
-    def __init__(self, values: dict, split: str) -> None:
+    def __init__(self, values: Mapping[str, Any], split: str) -> None:
         """Sample from the model that the keys of `model.synthetic` describe; `split` is `train` or `val`."""
         self._values, self._split = values, split
 
@@ -33,6 +34,12 @@ class SyntheticDocuments:
     def __iter__(self) -> Iterator[list[int]]:
         for start in range(0, len(self), DOCUMENTS_AT_ONCE):
             yield from self._sample(start)[: len(self) - start].tolist()
+
+    def first(self, num: int) -> Int64[Tensor, "documents document_length"]:
+        """Return the first `num` documents, or all if there are fewer."""
+        num = min(num, len(self))
+        parts = [self._sample(start) for start in range(0, num, DOCUMENTS_AT_ONCE)]
+        return torch.cat(parts)[:num]
 
     def _sample(self, start: int) -> Int64[Tensor, "documents document_length"]:
         """Sample the documents from `start` on: first token uniform, every other from the model's softmax."""
