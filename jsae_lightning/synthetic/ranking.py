@@ -39,7 +39,7 @@ class PrecisionRecall:
     def average_precision(self) -> float:
         """1 if every true edge is found before any other; 0 if none is found; NaN if there are none to find."""
         new_hits = self.hits.diff(prepend=self.hits.new_zeros(1)).double()
-        return ratio(float((new_hits * self.precision).sum()), self.num_true)
+        return ratio(float((new_hits * self.precision).sum()), float(self.num_true))
 
     @property
     def f1(self) -> Float[Tensor, " cuts"]:
