@@ -45,6 +45,9 @@ from jsae_lightning.synthetic.language_model import SyntheticLanguageModel
 from jsae_lightning.synthetic.matching import Matching, match
 from jsae_lightning.synthetic.ranking import PrecisionRecall, precision_recall
 
+ROUNDING = 1e-6
+"""An edge with less than this share of the strongest one's weight is none: it is rounding."""
+
 _SCALARS = (
     "tokens", "weight", "weight_on_true", "token_kept", "token_hits", "token_true", "effective_found",
     "effective_found_tokens", "effective_true", "effective_true_tokens",
@@ -154,6 +157,7 @@ def zero_sums(pair: SAEPair, computation: SyntheticComputation) -> Sums:
 def summarize_ground_truth(sums: Sums, matching_in: Matching, matching_out: Matching) -> GroundTruth:
     """Turn the total of `ground_truth_sums` into figures."""
     found = sums["found"] / sums["active_found"].clamp_min(1)[:, None]
+    found = torch.where(found > ROUNDING * found.max(), found, 0.0)
     true = sums["true"] / sums["active_true"].clamp_min(1)[:, None]
     is_edge = true > 0
     num_true = int(is_edge.sum())

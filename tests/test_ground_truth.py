@@ -168,12 +168,12 @@ def _held_out(pair: SAEPair, model: SyntheticLanguageModel, mlp: FrozenMLP | Non
 
 
 def _model(**changes) -> SyntheticLanguageModel:
-    return SyntheticLanguageModel(spec_values(document_length=64, **changes))
+    return SyntheticLanguageModel(spec_values(document_length=64, vocab_size=128, **changes))
 
 
 def _pair(model: SyntheticLanguageModel, **changes) -> SAEPair:
-    # The smallest activation is 0.5 at the input; the true pair's rounding stays far below the threshold.
-    return true_pair(model.computation, k=model.spec.active_groups * model.spec.group_size, **changes)
+    # Activations are far above the threshold, rounding far below
+    return true_pair(model.computation, k=model.spec.active_groups * model.spec.group_size, bias=1e-4, **changes)
 
 
 def _figures(held_out: HeldOut) -> dict[str, float]:
@@ -190,11 +190,15 @@ PERFECT = (
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("at", ["input", "reconstruction"])
 def test_the_true_dictionaries_find_the_graph(activation, at):
-    model = _model(activation=activation, negative_share=0.3)
-    figures = _figures(_held_out(_pair(model), model, at=at))
+    model = _model(activation=activation, negative_share=0.3, threshold_low=0.0, threshold_high=0.1)
+    held_out = _held_out(_pair(model), model, at=at)
+    figures = _figures(held_out)
     for key in PERFECT:
         assert figures[key] == pytest.approx(1.0), key
-    assert figures["true_edges"] == 16
+    # Two input groups of one slot are never active together, so a negative edge of one may never be seen at work.
+    seen = (model.computation.jacobian(model.features(held_out.tokens).flatten(0, 1)) != 0).any(0)
+    assert figures["true_edges"] == seen.sum()
+    assert 12 <= seen.sum() <= (model.computation.weights != 0).sum() == 16
     assert figures["effective_edges_found"] == pytest.approx(figures["effective_edges_true"], rel=0.01)
     assert figures["weight_on_true_edges"] > 0.999
     assert figures["token_recall"] > 0.99
@@ -278,9 +282,10 @@ def test_features_half_of_which_are_missing():
         odd = pair.input_sae.W_dec[1::2].clone()
         # The rotation by 45 degrees inside of each group, which reconstructs as well with another code
         pair.input_sae.W_dec[1::2] = (odd + pair.input_sae.W_dec[::2]) / 2**0.5
-    figures = _figures(_held_out(pair, model))
+    found = run_ground_truth(_held_out(pair, model))
+    figures = {key.removeprefix("ground_truth/"): value for key, value in found.figures.items()}
     assert figures["matched_share_input"] == 0.5
-    assert figures["recall"] == pytest.approx(0.5)
+    assert found.curve.recall[-1] == pytest.approx(0.5)
     assert figures["average_precision_matched"] == pytest.approx(1.0)
     # Each of the 8 rotated latents has the edge of its own feature and that of its neighbour: 8 true, 16 false ones
     assert figures["base_rate"] == pytest.approx(8 / 24)
@@ -294,7 +299,7 @@ def test_split_features_are_forgiven_when_pooled():
     with torch.no_grad():
         pair.input_sae.W_dec[16:] = pair.input_sae.W_dec[:16]
         pair.input_sae.W_enc[:, 16:] = pair.input_sae.W_enc[:, :16]
-        pair.input_sae.b_enc[16:] = 0.0
+        pair.input_sae.b_enc[16:] = pair.input_sae.b_enc[:16]
         pair.input_sae.k = 8
     figures = _figures(_held_out(pair, model))
     assert figures["latents_per_feature_input"] == 2
@@ -328,12 +333,7 @@ def test_sums_of_parts_add_up_and_match_a_brute_force():
     found = torch.zeros_like(whole["found"])
     counts = {"token_kept": 0, "token_hits": 0, "token_true": 0}
     for x_token, s_token in zip(x, s, strict=True):
-        J = jacobian_reference(pair, mlp, x_token).abs()
-        J[
-            pair.output_sae.encode(mlp(x_token[None])).indices[0][
-                pair.output_sae.encode(mlp(x_token[None])).values[0] <= 0
-            ]
-        ] = 0
+        J = jacobian_reference(pair, mlp, x_token).detach().abs()
         found += J
         truth = {(int(i), int(j)) for i, j in (model.computation.jacobian(s_token[None])[0] != 0).nonzero()}
         ranked = sorted(((float(J[i, j]), i, j) for i, j in J.nonzero().tolist()), reverse=True)[: len(truth)]
@@ -384,7 +384,7 @@ def test_a_run_is_judged_from_its_folder(tmp_path):
     pair.save(tmp_path / "known", metadata=metadata)
     found = judge_run(tmp_path / "known", sequences=20)
     assert found.figures["ground_truth/average_precision"] == pytest.approx(1.0)
-    torch.testing.assert_close(found.found, found.true, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found.found, found.true, rtol=0, atol=5e-3)
     metadata["model"] |= {"name": "jsae-lightning/tiny-lm", "synthetic": None}
     from jsae_lightning.frozen_mlp import FrozenMLP as MLP
 

@@ -341,6 +341,36 @@ def test_ranks_share_the_batches_out():
         assert sorted(map(tuple, alone.tolist())) == sorted(map(tuple, torch.cat(shared).tolist()))
 
 
+def test_a_loader_goes_on_where_another_stopped():
+    modules = [_module(), _module()]
+    for module in modules:
+        module.setup()
+    loader = modules[0].train_dataloader()
+    batches = iter(loader)
+    for _ in range(7):  # inside the second block
+        next(batches)
+    state = loader.state_dict()
+    other = modules[1].train_dataloader()
+    other.load_state_dict(state)
+    for mine, theirs in zip(batches, other, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_training_exports_and_reloads(tmp_path: Path):
+    log = tmp_path / "log"
+    assert train([*TOY, f"hydra.run.dir={tmp_path}"], output=log) == 0, log.read_text()[-3000:]
+    run = load_run(tmp_path)
+    assert run.config["model"]["name"] == "synthetic"
+    values = run.config["model"]["synthetic"]
+    assert run.mlp.weights_hash() == SyntheticLanguageModel(values).frozen_mlp.weights_hash()
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["val/ce_clean"] < metrics["val/ce_zero_output"]
+    config = tmp_path / "sae_pair" / "config.json"
+    config.write_text(json.dumps(run.config | {"model": run.config["model"] | {"synthetic": values | {"seed": 9}}}))
+    with pytest.raises(UserError, match="are not those that the pair was trained on"):
+        load_run(tmp_path)
+
+
 def _kill_at_step_14() -> None:
     """Make the 14th step, inside a block, kill the process."""
     from jsae_lightning.module import JSAEModule
@@ -356,21 +386,13 @@ def _kill_at_step_14() -> None:
     JSAEModule.training_step = killing
 
 
-def test_training_exports_resumes_and_reloads(tmp_path: Path):
+@pytest.mark.slow
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path):
     log = tmp_path / "log"
     assert train([*TOY, f"hydra.run.dir={tmp_path / 'whole'}"], output=log) == 0, log.read_text()[-3000:]
-    parts = [*TOY, f"hydra.run.dir={tmp_path / 'parts'}"]
-    assert train(parts, output=log, fault=_kill_at_step_14) == -signal.SIGKILL
-    assert train([*parts, "ckpt_path=auto"], output=log) == 0, log.read_text()[-3000:]
-    whole, resumed = load_run(tmp_path / "whole"), load_run(tmp_path / "parts")
-    assert whole.config["model"]["name"] == "synthetic"
-    for (name, tensor), other in zip(whole.pair.state_dict().items(), resumed.pair.state_dict().values(), strict=True):
-        assert torch.equal(tensor, other), name
-    values = whole.config["model"]["synthetic"]
-    assert whole.mlp.weights_hash() == SyntheticLanguageModel(values).frozen_mlp.weights_hash()
-    metrics = json.loads((tmp_path / "whole" / "metrics.json").read_text())
-    assert metrics["val/ce_clean"] < metrics["val/ce_zero_output"]
-    config = tmp_path / "whole" / "sae_pair" / "config.json"
-    config.write_text(json.dumps(whole.config | {"model": whole.config["model"] | {"synthetic": values | {"seed": 9}}}))
-    with pytest.raises(UserError, match="are not those that the pair was trained on"):
-        load_run(tmp_path / "whole")
+    killed = [*TOY, f"hydra.run.dir={tmp_path / 'killed'}"]
+    assert train(killed, output=log, fault=_kill_at_step_14) == -signal.SIGKILL
+    assert train([*killed, "ckpt_path=auto"], output=log) == 0, log.read_text()[-3000:]
+    whole, resumed = (load_run(tmp_path / name).pair.state_dict() for name in ("whole", "killed"))
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, resumed[name]), name
