@@ -76,29 +76,56 @@ def run_ground_truth(held_out: HeldOut) -> GroundTruth:
     With several ranks all must call it; each works on its share of the sequences. Raises UserError if the language
     model is no synthetic one, or no position is included.
     """
-    model = held_out.language_model
-    if not isinstance(model, SyntheticLanguageModel):
-        raise UserError("ground_truth: the graph of this language model is not known: it needs model=synthetic")
     if not held_out.included.any():
         raise UserError(f"data: none of the {held_out.tokens.numel()} positions is included: exclude fewer of them")
-    pair = held_out.pair
-    matching_in = match(model.computation.directions_in, pair.input_sae.W_dec)
-    matching_out = match(model.computation.directions_out, pair.output_sae.W_dec)
+    matchings = matchings_of(held_out)
+    (sums,) = group_sums(held_out, matchings, torch.zeros_like(held_out.tokens), 1)
+    return summarize_ground_truth(sums, *matchings)
+
+
+def matchings_of(held_out: HeldOut) -> tuple[Matching, Matching]:
+    """Match both dictionaries with the true features: (input, output); UserError if the truth is not known."""
+    computation = _synthetic(held_out).computation
+    return (
+        match(computation.directions_in, held_out.pair.input_sae.W_dec),
+        match(computation.directions_out, held_out.pair.output_sae.W_dec),
+    )
+
+
+@torch.no_grad()
+def group_sums(
+    held_out: HeldOut, matchings: tuple[Matching, Matching], group: Int[Tensor, "sequences seq"], num_groups: int
+) -> list[Sums]:
+    """Return `ground_truth_sums` of each group of positions, over all ranks: what a jackknife over groups needs.
+
+    `group` says which of the groups 0 ... num_groups - 1 each position is of; positions that are not included count
+    nowhere. Memory: `num_groups` times 8 bytes for every entry of (d_sae_out, d_sae_in).
+    """
+    model, pair = _synthetic(held_out), held_out.pair
     rank, world_size = rank_and_world_size()
     mine = torch.arange(rank, len(held_out.tokens), world_size)
-    sums = zero_sums(pair, model.computation)
-    for batch in mine.split(held_out.batch_sequences):
-        tokens, included = held_out.tokens[batch].to(model.device), held_out.included[batch].to(model.device)
-        mlp_in, features = model.mlp_in(tokens)[included], model.features(tokens)[included]
-        size = max(matching_in.feature_of.numel(), features.shape[1]) * max(
-            matching_out.feature_of.numel(), model.spec.n_out
-        )
-        for x, s in zip(chunks(mlp_in, size), chunks(features, size), strict=True):
-            found = ground_truth_sums(
-                pair, held_out.mlp, model.computation, x, s, matching_in, matching_out, at=held_out.at
-            )
-            sums = add_sums(sums, found)
-    return summarize_ground_truth(all_reduce_sum(sums), matching_in, matching_out)
+    sums = [zero_sums(pair, model.computation) for _ in range(num_groups)]
+    size = max(pair.input_sae.d_sae, model.spec.n_in) * max(pair.output_sae.k, model.spec.n_out)
+    with torch.autocast(model.device.type, enabled=False):
+        for batch in mine.split(held_out.batch_sequences):
+            tokens, included = held_out.tokens[batch].to(model.device), held_out.included[batch].to(model.device)
+            mlp_in, features = model.mlp_in(tokens), model.features(tokens)
+            groups = group[batch].to(model.device)
+            for g in groups[included].unique().tolist():
+                chosen = included & (groups == g)
+                for x, s in zip(chunks(mlp_in[chosen], size), chunks(features[chosen], size), strict=True):
+                    part = ground_truth_sums(pair, held_out.mlp, model.computation, x, s, *matchings, at=held_out.at)
+                    sums[g] = add_sums(sums[g], part)
+    # Process groups reduce on the device that they were made for.
+    flat = {f"{g} {key}": value.to(model.device) for g, part in enumerate(sums) for key, value in part.items()}
+    total = {key: value.cpu() for key, value in all_reduce_sum(flat).items()}
+    return [{key: total[f"{g} {key}"] for key in part} for g, part in enumerate(sums)]
+
+
+def _synthetic(held_out: HeldOut) -> SyntheticLanguageModel:
+    if not isinstance(held_out.language_model, SyntheticLanguageModel):
+        raise UserError("ground_truth: the graph of this language model is not known: it needs model=synthetic")
+    return held_out.language_model
 
 
 @torch.no_grad()

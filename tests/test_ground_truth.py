@@ -9,11 +9,14 @@ import torch
 
 from factories import make_pair
 from fake_language_model import FakeLanguageModel
+from jsae_lightning import ground_truth
 from jsae_lightning.errors import UserError
 from jsae_lightning.frozen_mlp import FrozenMLP
 from jsae_lightning.ground_truth import (
     ground_truth_sums,
+    group_sums,
     judge_run,
+    matchings_of,
     run_ground_truth,
     summarize_ground_truth,
     zero_sums,
@@ -344,6 +347,38 @@ def test_sums_of_parts_add_up_and_match_a_brute_force():
     torch.testing.assert_close(whole["found"], found)
     assert {key: int(whole[key]) for key in counts} == counts
     assert 0 < counts["token_hits"] < counts["token_true"]
+
+
+def test_sums_of_groups_add_up_to_the_whole():
+    model = _model()
+    pair = _pair(model, extra=2)
+    held_out = _held_out(pair, model)
+    matchings = matchings_of(held_out)
+    (whole,) = group_sums(held_out, matchings, torch.zeros_like(held_out.tokens), 1)
+    parts = group_sums(held_out, matchings, held_out.document // 10, 6)
+    assert parts[5]["tokens"] == 0 and parts[0]["tokens"] == 10 * 63
+    total: dict[str, torch.Tensor] = {}
+    for part in parts:
+        total = add_sums(total, part)
+    for key, value in whole.items():
+        torch.testing.assert_close(total[key], value)
+    figures = summarize_ground_truth(total, *matchings).figures
+    assert figures == pytest.approx(run_ground_truth(held_out).figures)
+
+
+def test_ranks_share_the_sequences_out(monkeypatch):
+    model = _model()
+    held_out = _held_out(_pair(model), model)
+    matchings, group = matchings_of(held_out), torch.zeros_like(held_out.tokens)
+    (whole,) = group_sums(held_out, matchings, group, 1)
+    total: dict[str, torch.Tensor] = {}
+    for rank in range(3):
+        monkeypatch.setattr(ground_truth, "rank_and_world_size", lambda rank=rank: (rank, 3))
+        (part,) = group_sums(held_out, matchings, group, 1)
+        assert part["tokens"] == 16 * 63
+        total = add_sums(total, part)
+    for key, value in whole.items():
+        torch.testing.assert_close(total[key], value)
 
 
 def test_no_token_gives_no_figures():
