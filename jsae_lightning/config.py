@@ -22,8 +22,7 @@ from jsae_lightning.synthetic import NAME as SYNTHETIC
 from jsae_lightning.synthetic.spec import make_spec
 
 PACKAGE_DIR = Path(__file__).resolve().parent
-SOURCES = ("stdlib", "synthetic", "text", "jsonl", "parquet", "arrow", "hub")
-_MADE = ("stdlib", "synthetic")  # read no files
+SOURCES = ("stdlib", "text", "jsonl", "parquet", "arrow", "hub")
 PENALTIES = (
     "l1", "l1_over_l2_batch", "l1_over_l2_token", "log", "l04", "exp", "tanh", "scad", "capped_l1", "kurtosis",
     "hoyer", "l1_rows_l05",
@@ -31,7 +30,7 @@ PENALTIES = (
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "model.dtype": ("float32", "bfloat16", "float16"),
     "model.random_weights": (True, False, "full"),
-    "data.source": SOURCES,
+    "data.source": (*SOURCES, SYNTHETIC),
     "data.bos": ("auto", "never", "document", "sequence"),
     "data.cache_dtype": ("float32", "bfloat16"),
     "jacobian.penalty": PENALTIES,
@@ -49,7 +48,6 @@ _POSITIVE = (
 )  # fmt: skip
 _DATA_KEYS_OF_OTHERS = {  # what each kind of source does not read
     "stdlib": ("path", "name", "config_name", "revision", "streaming", "text_column", "token_column"),
-    "synthetic": ("path", "name", "config_name", "revision", "streaming", "text_column", "token_column"),
     "files": ("name", "config_name", "revision"),
     "hub": ("path",),
 }
@@ -104,6 +102,7 @@ def check_config(cfg: DictConfig) -> None:
         if OmegaConf.select(cfg, key) < 0:
             raise UserError(f"{key}: {OmegaConf.select(cfg, key)} is negative: give 0 or more")
     _check_model(cfg)
+    _check_synthetic(cfg)
     _check_data(cfg)
     _check_training(cfg)
     for key in ("trainer", "callbacks", "logger"):
@@ -195,13 +194,6 @@ def to_dict(node: DictConfig) -> dict[str, Any]:
 
 
 def _check_model(cfg: DictConfig) -> None:
-    if (cfg.model.name == SYNTHETIC) != (cfg.model.synthetic is not None):
-        raise UserError(
-            f"model.synthetic: is {'null' if cfg.model.synthetic is None else 'set'} with model.name "
-            f"'{cfg.model.name}': model.synthetic describes the model called {SYNTHETIC}: choose model=synthetic"
-        )
-    if cfg.model.synthetic is not None:
-        make_spec(to_dict(cfg.model.synthetic))
     if (cfg.model.name is None) == (cfg.model.path is None):
         raise UserError(
             f"model.name: '{cfg.model.name}' with model.path '{cfg.model.path}': "
@@ -211,13 +203,36 @@ def _check_model(cfg: DictConfig) -> None:
         raise UserError(f"model.path: there is no directory '{cfg.model.path}': give a Hugging Face model directory")
 
 
+def _check_synthetic(cfg: DictConfig) -> None:
+    """Check that the synthetic model has its parameters and its own tokens, and no other model has either."""
+    if (cfg.model.name == SYNTHETIC) != (cfg.model.synthetic is not None):
+        raise UserError(
+            f"model.synthetic: is {'null' if cfg.model.synthetic is None else 'set'} with model.name "
+            f"'{cfg.model.name}': model.synthetic describes the model called {SYNTHETIC}: choose model=synthetic"
+        )
+    if (cfg.data.source == SYNTHETIC) != (cfg.model.synthetic is not None):
+        raise UserError(
+            f"data.source: {cfg.data.source} with model.name '{cfg.model.name}': the synthetic model reads its own "
+            "tokens and no other model does: give both model=synthetic and data=synthetic, or neither"
+        )
+    if cfg.model.synthetic is None:
+        return
+    make_spec(to_dict(cfg.model.synthetic))
+    for key in _DATA_KEYS_OF_OTHERS["stdlib"]:
+        if cfg.data[key] not in (None, False):
+            raise UserError(
+                f"data.{key}: '{cfg.data[key]}' has no effect with data.source=synthetic: leave it as data=synthetic "
+                "has it"
+            )
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check_data(cfg: DictConfig) -> None:
-    local = cfg.data.source not in (*_MADE, "hub")
-    for key in _DATA_KEYS_OF_OTHERS["files" if local else cfg.data.source]:
+    local = cfg.data.source in SOURCES[1:-1]
+    for key in _DATA_KEYS_OF_OTHERS[cfg.data.source if cfg.data.source in ("stdlib", "hub") else "files"]:
         if cfg.data[key] not in (None, False):
             raise UserError(
                 f"data.{key}: '{cfg.data[key]}' has no effect with data.source={cfg.data.source}: leave it null, "
@@ -227,11 +242,6 @@ def _check_data(cfg: DictConfig) -> None:
         raise UserError(f"data.path: null, but data.source={cfg.data.source} reads files: give a file, folder or glob")
     if local and not any(character in cfg.data.path for character in "*?[") and not Path(cfg.data.path).exists():
         raise UserError(f"data.path: there is no file or folder '{cfg.data.path}': give one that exists")
-    if (cfg.data.source == SYNTHETIC) != (cfg.model.synthetic is not None):
-        raise UserError(
-            f"data.source: {cfg.data.source} with model.name '{cfg.model.name}': the synthetic model reads its own "
-            "tokens and no other model does: give both model=synthetic and data=synthetic, or neither"
-        )
     if cfg.data.source == "hub" and cfg.data.name is None:
         raise UserError("data.name: null, but data.source=hub reads a dataset: give its name")
 

@@ -111,11 +111,6 @@ class ActivationDataModule(LightningDataModule):
         """The MLP of the language model's layer."""
         return self.language_model.frozen_mlp
 
-    @property
-    def _synthetic(self) -> dict[str, Any] | None:
-        """The keys of `model.synthetic`, where the model is a synthetic one (which has no tokenizer)."""
-        return self._model.get("synthetic")
-
     def prepare_data(self) -> None:
         """Tokenise a table of raw text into the cache on disk: once a node, before the other ranks read it there."""
         if self._config.source in ("jsonl", "parquet", "arrow", "hub") and not self._config.streaming:
@@ -207,6 +202,11 @@ class ActivationDataModule(LightningDataModule):
         )
 
     # Sequences
+
+    @property
+    def _synthetic(self) -> dict[str, Any] | None:
+        """The keys of `model.synthetic`, where the model is a synthetic one (which has no tokenizer)."""
+        return self._model.get("synthetic")
 
     def _make_sequences(self, source: Source) -> _Sequences:
         architecture = read_architecture(
