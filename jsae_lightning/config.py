@@ -102,7 +102,6 @@ def check_config(cfg: DictConfig) -> None:
         if OmegaConf.select(cfg, key) < 0:
             raise UserError(f"{key}: {OmegaConf.select(cfg, key)} is negative: give 0 or more")
     _check_model(cfg)
-    _check_synthetic(cfg)
     _check_data(cfg)
     _check_training(cfg)
     for key in ("trainer", "callbacks", "logger"):
@@ -201,6 +200,7 @@ def _check_model(cfg: DictConfig) -> None:
         )
     if cfg.model.path is not None and not Path(cfg.model.path).is_dir():
         raise UserError(f"model.path: there is no directory '{cfg.model.path}': give a Hugging Face model directory")
+    _check_synthetic(cfg)
 
 
 def _check_synthetic(cfg: DictConfig) -> None:
