@@ -1,13 +1,15 @@
 """A language model's sizes, read from its configuration before anything heavy is imported or loaded."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jsae_lightning.errors import UserError
 from jsae_lightning.model_files import first_line, model_folder
+from jsae_lightning.synthetic import NAME as SYNTHETIC
+from jsae_lightning.synthetic.spec import SyntheticSpec, make_spec
 
 # transformers' names of one quantity, by age and taste of the architecture.
 _CONFIG_KEYS = {
@@ -34,12 +36,17 @@ class Architecture:
     """transformers' name of the architecture, such as "gpt_neox"."""
 
 
-def read_architecture(name_or_path: str, *, revision: str | None = None) -> Architecture:
+def read_architecture(
+    name_or_path: str, *, revision: str | None = None, synthetic: Mapping[str, Any] | None = None
+) -> Architecture:
     """Read a model's sizes from its `config.json` alone; no weights, and for a local folder no network.
 
+    With `synthetic` (the keys of `model.synthetic`) the sizes are those of the model that they describe.
     Raises UserError for a missing folder or file, a failure of the hub, an unknown architecture, a model that is not a
     causal language model, and mixtures of experts.
     """
+    if synthetic is not None:
+        return synthetic_architecture(make_spec(synthetic))
     file = model_folder(name_or_path, revision=revision) / "config.json"
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
@@ -69,6 +76,17 @@ def read_architecture(name_or_path: str, *, revision: str | None = None) -> Arch
             raise UserError(f"model: {file} tells no {size} (none of {keys}): choose another model")
     known = {size: value for size, value in sizes.items() if value is not None}
     return Architecture(**known, model_type=raw["model_type"])
+
+
+def synthetic_architecture(spec: SyntheticSpec) -> Architecture:
+    """Return a synthetic model's sizes: one layer, sequences as long as its documents."""
+    return Architecture(
+        d_model=spec.d_model,
+        num_layers=1,
+        context_length=spec.document_length,
+        vocab_size=spec.vocab_size,
+        model_type=SYNTHETIC,
+    )
 
 
 def _first_int(get: Callable[[str], Any], keys: tuple[str, ...]) -> int | None:

@@ -92,6 +92,7 @@ class Experiment:
                 "dtype": model.dtype,
                 "random_weights": model.random_weights,
                 "random_seed": model.random_seed,
+                "synthetic": to_dict(model)["synthetic"],
                 "mlp_kind": self.module.mlp.kind,
                 "activation": self.module.mlp.activation,
                 "mlp_hash": self.module.mlp.weights_hash(),
@@ -110,7 +111,9 @@ def build_experiment(cfg: DictConfig, *, on_lost_rank: Callable[[str], None] = l
     `on_lost_rank` is called with a message before this process is ended because another rank is gone.
     """
     quiet_libraries()
-    architecture = read_architecture(cfg.model.path or cfg.model.name, revision=cfg.model.revision)
+    architecture = read_architecture(
+        cfg.model.path or cfg.model.name, revision=cfg.model.revision, synthetic=to_dict(cfg.model)["synthetic"]
+    )
     if cfg.num_threads is not None:
         torch.set_num_threads(cfg.num_threads)
     kernels.select_kernels(cfg.kernels)
@@ -147,6 +150,7 @@ def build_data(cfg: DictConfig) -> ActivationDataModule:
             "dtype": model["dtype"],
             "random_weights": model["random_weights"],
             "seed": model["random_seed"],
+            "synthetic": model["synthetic"],
         },
         data=data | {"train_tokens": int(data["train_tokens"])},
         seed=cfg.seed,

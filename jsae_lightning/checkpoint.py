@@ -181,6 +181,7 @@ def load_run(folder: str | Path, *, device: str | torch.device = "cpu") -> Run:
         dtype=model["dtype"],
         random_weights=model["random_weights"],
         seed=model["random_seed"],
+        synthetic=model.get("synthetic"),  # absent from exports of versions that had none
     )
     check_mlp_hash(mlp, model)
     return Run(load_pair(export, device=device), mlp.to(device), config, folder)

@@ -18,6 +18,8 @@ from jsae_lightning.config_schema import RootConfig
 from jsae_lightning.errors import UserError
 from jsae_lightning.processes import rank_suffix, start_time
 from jsae_lightning.sharding import choose_num_shards
+from jsae_lightning.synthetic import NAME as SYNTHETIC
+from jsae_lightning.synthetic.spec import make_spec
 
 PACKAGE_DIR = Path(__file__).resolve().parent
 SOURCES = ("stdlib", "text", "jsonl", "parquet", "arrow", "hub")
@@ -28,7 +30,7 @@ PENALTIES = (
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "model.dtype": ("float32", "bfloat16", "float16"),
     "model.random_weights": (True, False, "full"),
-    "data.source": SOURCES,
+    "data.source": (*SOURCES, SYNTHETIC),
     "data.bos": ("auto", "never", "document", "sequence"),
     "data.cache_dtype": ("float32", "bfloat16"),
     "jacobian.penalty": PENALTIES,
@@ -128,7 +130,9 @@ def check_architecture(cfg: DictConfig) -> None:
     """Check layer, context and widths against the language model's shape, read from its config.json alone."""
     from jsae_lightning.architecture import read_architecture
 
-    architecture = read_architecture(cfg.model.path or cfg.model.name, revision=cfg.model.revision)
+    architecture = read_architecture(
+        cfg.model.path or cfg.model.name, revision=cfg.model.revision, synthetic=to_dict(cfg.model)["synthetic"]
+    )
     if cfg.model.layer >= architecture.num_layers:
         raise UserError(
             f"model.layer: {cfg.model.layer} is out of range: the model has {architecture.num_layers} layers, "
@@ -214,6 +218,30 @@ def _check_model(cfg: DictConfig) -> None:
         )
     if cfg.model.path is not None and not Path(cfg.model.path).is_dir():
         raise UserError(f"model.path: there is no directory '{cfg.model.path}': give a Hugging Face model directory")
+    _check_synthetic(cfg)
+
+
+def _check_synthetic(cfg: DictConfig) -> None:
+    """Check that the synthetic model has its parameters and its own tokens, and no other model has either."""
+    if (cfg.model.name == SYNTHETIC) != (cfg.model.synthetic is not None):
+        raise UserError(
+            f"model.synthetic: is {'null' if cfg.model.synthetic is None else 'set'} with model.name "
+            f"'{cfg.model.name}': model.synthetic describes the model called {SYNTHETIC}: choose model=synthetic"
+        )
+    if (cfg.data.source == SYNTHETIC) != (cfg.model.synthetic is not None):
+        raise UserError(
+            f"data.source: {cfg.data.source} with model.name '{cfg.model.name}': the synthetic model reads its own "
+            "tokens and no other model does: give both model=synthetic and data=synthetic, or neither"
+        )
+    if cfg.model.synthetic is None:
+        return
+    make_spec(to_dict(cfg.model.synthetic))
+    for key in _DATA_KEYS_OF_OTHERS["stdlib"]:
+        if cfg.data[key] not in (None, False):
+            raise UserError(
+                f"data.{key}: '{cfg.data[key]}' has no effect with data.source=synthetic: leave it as data=synthetic "
+                "has it"
+            )
 
 
 def _is_number(value: Any) -> bool:

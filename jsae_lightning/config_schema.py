@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from jsae_lightning.errors import UserError
+from jsae_lightning.synthetic.spec import SyntheticSpec
 
 
 @dataclass
@@ -23,6 +24,7 @@ class ModelConfig:
     dtype: str = MISSING
     random_weights: Any = MISSING
     random_seed: int = MISSING
+    synthetic: SyntheticSpec | None = MISSING
 
 
 @dataclass

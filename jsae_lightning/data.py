@@ -141,7 +141,7 @@ class ActivationDataModule(LightningDataModule):
         if self.trainer is not None:
             self._rank, self._world_size = self.trainer.global_rank, self.trainer.world_size
             device = self.trainer.strategy.root_device
-        sequences = self._make_sequences(open_source(self._config))
+        sequences = self._make_sequences(open_source(self._config, self._synthetic))
         self.geometry = self._block_geometry(sequences.probe)
         self._check_amount(sequences)
         check_cache_dir(self._config.cache_dir)
@@ -218,8 +218,15 @@ class ActivationDataModule(LightningDataModule):
 
     # Sequences
 
+    @property
+    def _synthetic(self) -> dict[str, Any] | None:
+        """The keys of `model.synthetic`, where the model is a synthetic one (which has no tokenizer)."""
+        return self._model.get("synthetic")
+
     def _make_sequences(self, source: Source) -> _Sequences:
-        architecture = read_architecture(self._model["name_or_path"], revision=self._model.get("revision"))
+        architecture = read_architecture(
+            self._model["name_or_path"], revision=self._model.get("revision"), synthetic=self._synthetic
+        )
         self._where = source.train.where
         self._encoder = self._make_encoder(source.train, architecture)
         self._encoder.encode(list(source.train.head))  # a vocabulary that does not match shows in the first rows
@@ -247,7 +254,8 @@ class ActivationDataModule(LightningDataModule):
         self._context_length = length
         self.tokenizer = None
         try:
-            self.tokenizer = load_tokenizer(self._model["name_or_path"], revision=self._model.get("revision"))
+            if self._synthetic is None:
+                self.tokenizer = load_tokenizer(self._model["name_or_path"], revision=self._model.get("revision"))
         except UserError:
             if not rows.holds_tokens:
                 raise

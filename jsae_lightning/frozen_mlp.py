@@ -8,7 +8,8 @@ post-norm and before it is added to the residual stream.
 """
 
 import hashlib
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -143,6 +144,7 @@ class FrozenMLP(nn.Module):
         dtype: str = "float32",
         random_weights: bool | Literal["full"] = False,
         seed: int = 0,
+        synthetic: Mapping[str, Any] | None = None,
     ) -> "FrozenMLP":
         """Load the MLP of `layer` of a Hugging Face model, by the path that training and evaluation use.
 
@@ -151,5 +153,11 @@ class FrozenMLP(nn.Module):
         from jsae_lightning.language_model import LanguageModel
 
         return LanguageModel.load(
-            name_or_path, layer=layer, revision=revision, dtype=dtype, random_weights=random_weights, seed=seed
+            name_or_path,
+            layer=layer,
+            revision=revision,
+            dtype=dtype,
+            random_weights=random_weights,
+            seed=seed,
+            synthetic=synthetic,
         ).frozen_mlp

@@ -8,7 +8,7 @@ only: attention stays transformers' own, at its speed.
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -100,12 +100,14 @@ class LanguageModel:
         device: str | torch.device = "cpu",
         random_weights: bool | Literal["full"] = False,
         seed: int = 0,
+        synthetic: Mapping[str, Any] | None = None,
     ) -> "LanguageModel":
         """Load a Hugging Face model, local or from the hub, and check that its MLP is one that we can write down.
 
         `layer` counts from 0; `dtype` (a key of DTYPES) is the language model's own, whatever its files hold.
         `random_weights=True` redraws its weight matrices under `seed` (`redraw_matrices`), `"full"` initialises it
-        afresh from its configuration (no weights are read or downloaded).
+        afresh from its configuration (no weights are read or downloaded). With `synthetic` (the keys of
+        `model.synthetic`) the model is made, not read: a `SyntheticLanguageModel`, of one layer and in float32 only.
         Raises UserError for everything that `read_architecture` refuses, a layer out of range, missing, corrupt or
         incomplete weights, an unsupported activation, and an MLP whose formula does not give the model's own output.
         """
@@ -113,8 +115,17 @@ class LanguageModel:
             raise UserError(f"model.dtype: {dtype!r} is not a floating-point type: choose one of {', '.join(DTYPES)}")
         if random_weights not in (False, True, "full"):
             raise UserError(f"model.random_weights: {random_weights!r} is unknown: choose one of false, true, full")
-        architecture = read_architecture(name_or_path, revision=revision)
+        architecture = read_architecture(name_or_path, revision=revision, synthetic=synthetic)
         check_layer(architecture, layer)
+        if synthetic is not None:
+            if dtype != "float32" or random_weights is not False:
+                raise UserError(
+                    f"model.synthetic: the model is made in float32 with weights of its own, but model.dtype is "
+                    f"{dtype} and model.random_weights {random_weights}: leave them float32 and false"
+                )
+            from jsae_lightning.synthetic.language_model import SyntheticLanguageModel
+
+            return SyntheticLanguageModel(synthetic, device=device)
         folder = model_folder(name_or_path, revision=revision, part="config" if random_weights == "full" else "weights")
         device = torch.device(device)
 

@@ -1,7 +1,7 @@
 """Where the text or the tokens come from: the rows of each source, and which of them nobody trains on.
 
-A row is one document (a text) or a list of token ids. Sources: `stdlib` and `text` are read into memory; `jsonl`,
-`parquet`, `arrow` and `hub` go through the `datasets` library, as a table (random access) or as a stream.
+A row is one document (a text) or a list of token ids. Sources: `stdlib`, `synthetic` and `text` are held in memory;
+`jsonl`, `parquet`, `arrow` and `hub` go through the `datasets` library, as a table (random access) or as a stream.
 Importing this module loads neither torch nor `datasets`.
 """
 
@@ -102,8 +102,10 @@ def is_held_out(digest: bytes, fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
-def open_source(config: DataConfig) -> Source:
+def open_source(config: DataConfig, synthetic: dict[str, Any] | None = None) -> Source:
     """Open the source that `config` describes, reading no more than its first rows (text files: all of them).
+
+    `synthetic` (the keys of `model.synthetic`) describes the model that the source `synthetic` samples from.
 
     Raises:
         UserError: no such file, folder, dataset or split; nothing in it; no text or token column; keys that do not
@@ -113,6 +115,8 @@ def open_source(config: DataConfig) -> Source:
     _check_keys(config)
     if config.source == "stdlib":
         return _open_stdlib()
+    if config.source == "synthetic":
+        return _open_synthetic(synthetic)
     if config.source == "text":
         return _open_text(config)
     train = _open_rows(config, config.train_split)
@@ -126,7 +130,7 @@ def open_source(config: DataConfig) -> Source:
 
 
 def _check_keys(config: DataConfig) -> None:
-    in_memory = config.source in ("stdlib", "text")
+    in_memory = config.source in ("stdlib", "synthetic", "text")
     for key, value in (("streaming", config.streaming or None), ("val_split", config.val_split)):
         if in_memory and value is not None:
             raise UserError(f"data.{key}: {value} does not apply to data.source={config.source}: leave it unset")
@@ -148,6 +152,16 @@ def _open_stdlib() -> Source:
         documents = sorted(corpus.stdlib_documents(held_out=held_out), key=lambda d: document_digest(d[0]))
         splits.append(Rows([text for _, text in documents], where))
     return Source("memory", *splits)
+
+
+def _open_synthetic(values: dict[str, Any] | None) -> Source:
+    if values is None:
+        raise UserError("data.source: synthetic samples from the synthetic model only: choose model=synthetic")
+    from jsae_lightning.synthetic.documents import SyntheticDocuments
+
+    where = "documents sampled from the synthetic model"
+    train, val = (Rows(SyntheticDocuments(values, split), where, holds_tokens=True) for split in ("train", "val"))
+    return Source("memory", train, val)
 
 
 def find_files(path: str, source: str) -> list[Path]:

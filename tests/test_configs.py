@@ -60,7 +60,7 @@ def datasets_dir(tmp_path_factory):
 
 
 def test_there_are_all_the_promised_experiments():
-    promised = {"smoke", "tiny", "baseline/traditional", "control/random", "paper/gpt2-small"}
+    promised = {"smoke", "tiny", "synthetic", "baseline/traditional", "control/random", "paper/gpt2-small"}
     promised |= {f"paper/pythia-{size}" for size in ("70m", "160m", "410m", "1b", "2.8b", "6.9b")}
     promised |= {"gated/gemma-2-2b", "gated/llama-3.2-1b", "gated/qwen2.5-0.5b"}
     assert promised <= set(EXPERIMENTS)
@@ -74,7 +74,10 @@ def test_experiment_builds_and_trains_at_toy_size(experiment, datasets_dir, tmp_
     cfg = _compose([f"experiment={experiment}", f"paths.output_dir={tmp_path / 'run'}"])
     check_config(cfg)
     overrides = [f"experiment={experiment}", f"paths.output_dir={tmp_path / 'run'}", *TOY]
-    overrides += ["model.name=null", f"model.path={model}", "model.layer=1"]
+    if cfg.data.source == "synthetic":  # which is read by its own model only
+        overrides += ["model.synthetic.num_documents=64"]
+    else:
+        overrides += ["model.name=null", f"model.path={model}", "model.layer=1"]
     if cfg.data.source == "hub":
         stand_in = datasets_dir / ("tokens" if cfg.data.token_column else "raw")
         overrides += [f"data.name={stand_in}", "data.config_name=null", "data.repeat=true"]
@@ -144,7 +147,11 @@ def test_paper_lambda_layer_and_width(experiment, d_model, layer, coef, expansio
 def test_every_model_preset_composes(path):
     if path.stem == "base":
         return
-    extra = {"local": ["model.path=.", "model.layer=0"], "hub": ["model.name=a/b", "model.layer=0"]}.get(path.stem, [])
+    extra = {
+        "synthetic": ["data=synthetic"],
+        "local": ["model.path=.", "model.layer=0"],
+        "hub": ["model.name=a/b", "model.layer=0"],
+    }.get(path.stem, [])
     check_config(_compose([f"model={path.stem}", *extra]))
 
 
