@@ -108,12 +108,12 @@ def edges_axis(axis: Any, values: list[float]) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def legend(axes: "Axes", **more: Any) -> None:
-    """Put a legend below the axes, where it hides nothing, if there is something to tell apart."""
+def legend(axes: "Axes", *, always: bool = False) -> None:
+    """Put a legend below the axes, where it hides nothing, if there is something to tell apart or `always`."""
     handles, labels = axes.get_legend_handles_labels()
-    if len(labels) > 1 or more.pop("always", False):
+    if len(labels) > 1 or (always and labels):
         columns = 2 if max(map(len, labels)) <= 18 else 1
-        axes.figure.legend(handles, labels, loc="outside lower center", ncols=columns, **more)
+        axes.figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
 def short(name: str, length: int = 30) -> str:
