@@ -44,7 +44,7 @@ def edge_curves(run: Judged, curve: str) -> "Figure":
         )
     if curve == "edge_ce" and run.mean("val/ce_clean") is not None:
         axes.axhline(run.mean("val/ce_clean") or 0.0, color="#7f7f7f", linestyle=":", label="language model as it is")
-    axes.set_xscale("symlog", linthresh=1)  # no edge at all is a point too
+    axes.set_xscale("symlog", linthresh=1, linscale=0.4)  # no edge at all is a point too
     axes.set_xlim(left=-0.1)
     edges_axis(axes.xaxis, sorted(counts))
     axes.set_xlabel("edges kept per token")

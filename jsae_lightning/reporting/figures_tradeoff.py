@@ -16,8 +16,8 @@ QUALITIES = (
         "CE score",
         (
             ("val/ce_score_both", "both SAEs"),
-            ("val/ce_score_input", "input SAE alone"),
-            ("val/ce_score_output", "output SAE alone"),
+            ("val/ce_score_input", "input SAE"),
+            ("val/ce_score_output", "output SAE"),
         ),
     ),
     (
@@ -47,7 +47,7 @@ def plotted(runs: Sequence[Judged], key: str) -> list[Judged]:
 @styled
 def trade_off(runs: Sequence[Judged], key: str) -> "Figure":
     """Two panels, CE score and explained variance, against sparsity; points of a curve are labelled by the weight."""
-    figure, axes_list = new_figure(2, 1, height=7.2)
+    figure, axes_list = new_figure(2, 1, height=8.2)
     chosen = plotted(runs, key)
     for axes, (title, series) in zip(axes_list, QUALITIES, strict=True):
         for number, (quality, label) in enumerate(series):
@@ -71,21 +71,20 @@ def trade_off(runs: Sequence[Judged], key: str) -> "Figure":
                     [p[1] for p in drawn],
                     linestyle="none",
                     markerfacecolor="none",
-                    label=f"{label}, random model",
+                    label="random models" if number == 0 else None,
                     **style,
                 )
             if number == 0:
+                place = -18 if title == "CE score" else 9  # outside of the other curves
                 for x, y, run in points:
                     axes.annotate(
-                        f"{run.coef:g}", (x, y), xytext=(0, 8), textcoords="offset points", ha="center", zorder=5
+                        f"{run.coef:g}", (x, y), xytext=(0, place), textcoords="offset points", ha="center", zorder=5
                     )
         axes.margins(0.1, 0.16)
         axes.set_ylabel(title)
         axes.xaxis.set_major_formatter(plain)
-        axes.legend(loc="best", framealpha=0.7, frameon=True, edgecolor="none")
-    axes_list[-1].set_xlabel(
-        "entries above .01 in one token" if key == SHARE else "effective edges of one token, scale-free"
-    )
+        axes.set_xlabel("entries above .01 in one token" if key == SHARE else "effective edges of one token")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
     return figure
 
 

@@ -99,9 +99,10 @@ def edges_axis(axis: Any, values: list[float]) -> None:
     """Label a log axis of edge counts by at most six of the counts themselves."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
-    chosen = sorted(set(values))
-    while len(chosen) > 6:
+    chosen = sorted(value for value in set(values) if value > 0)
+    while len(chosen) > 5:
         chosen = chosen[::-1][::2][::-1]
+    chosen += [0.0] if 0 in values else []
     axis.set_major_locator(FixedLocator(chosen))
     axis.set_major_formatter(FuncFormatter(plain))
     axis.set_minor_locator(NullLocator())
