@@ -18,7 +18,13 @@ HOSTILE = ["</script>", "<b>", '"', "'", "\n", "مرحبا", " the", "&amp;", "\
 def make_pair_config(coef: float = 1.0, random_weights: bool | str = False) -> dict[str, Any]:
     """`config.json` of an exported pair."""
     sae = {"d_model": 32, "d_sae": D_SAE, "k": K, "subtract_b_dec": False}
-    model = {"name": "tiny/model<1>", "revision": None, "layer": 2, "dtype": "float32", "random_weights": random_weights}
+    model = {
+        "name": "tiny/model<1>",
+        "revision": None,
+        "layer": 2,
+        "dtype": "float32",
+        "random_weights": random_weights,
+    }
     return {
         "format_version": 1,
         "input_sae": sae,
@@ -197,7 +203,14 @@ def make_graph(folder: Path, rng: np.random.Generator, hostile: bool) -> None:
     write_lines(
         folder / "edge_contexts.jsonl",
         [
-            {"output": int(o), "input": int(i), "mean_abs": 0.1, "mean": 0.1, "count": 9, "examples": [edge_example(rng)]}
+            {
+                "output": int(o),
+                "input": int(i),
+                "mean_abs": 0.1,
+                "mean": 0.1,
+                "count": 9,
+                "examples": [edge_example(rng)],
+            }
             for o, i in zip(outputs[:20], inputs[:20], strict=True)
         ],
     )
@@ -240,7 +253,11 @@ def make_sweep(folder: Path, coefs: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0)) ->
     last = folder / str(len(coefs))
     make_run(last, "jacobian.coef=1.0", "model.random_weights=true", random_weights=True, graph=False, fidelity=False)
     runs = [
-        {"name": str(number), "folder": str(folder / str(number)), "eval": str(folder / str(number) / "eval" / "eval.json")}
+        {
+            "name": str(number),
+            "folder": str(folder / str(number)),
+            "eval": str(folder / str(number) / "eval" / "eval.json"),
+        }
         for number in range(2)
     ]
     shrunk = {f"jacobian/share_above_{t}": {"mean": 0.3 - 10 * t, "standard_error": 0.01} for t in (0.005, 0.01, 0.02)}

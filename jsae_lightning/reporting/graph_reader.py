@@ -63,7 +63,9 @@ def explorer_data(graph: Graph, evaluation: Path, *, max_bytes: int) -> dict[str
     `latents`: {"output-12": {"count", "mean", "max", "strength"}}; `contexts` and `edge_contexts`: examples; `scores`;
     `left_out`: sentences on what is not there.
     """
-    strength = np.bincount(graph.output, weights=graph.mean_abs.astype(np.float64)) if len(graph.output) else np.empty(0)
+    strength = (
+        np.bincount(graph.output, weights=graph.mean_abs.astype(np.float64)) if len(graph.output) else np.empty(0)
+    )
     outputs = [int(i) for i in np.argsort(-strength, kind="stable")[:TOP_OUTPUTS] if strength[i] > 0]
     kept = _strongest(graph.output, outputs)
     inputs = list(dict.fromkeys(int(i) for i in graph.input[kept]))
@@ -89,7 +91,9 @@ def explorer_data(graph: Graph, evaluation: Path, *, max_bytes: int) -> dict[str
     if num_outputs > len(outputs):
         left_out.append(f"the list shows the {len(outputs):,} strongest of {num_outputs:,} output latents")
     if len(edges) < len(graph.output):
-        left_out.append(f"{len(edges):,} of {len(graph.output):,} edges are in this page, at most {TOP_EDGES} of a latent")
+        left_out.append(
+            f"{len(edges):,} of {len(graph.output):,} edges are in this page, at most {TOP_EDGES} of a latent"
+        )
     budget = max_bytes - len(_json(data))
     wanted = [f"output-{latent}" for latent in outputs] + [f"input-{latent}" for latent in inputs]
     wanted += [key for key in keys if key not in set(wanted)]

@@ -46,6 +46,9 @@ class Judged:
     """One evaluated pair. `arrays` and `curves` hold whatever there is; nothing in them is required."""
 
     name: str
+    """Under which the report shows it."""
+    own_name: str
+    """Under which the evaluation and a comparison know it."""
     folder: Path
     """Of the evaluation: the one that holds `eval.json`."""
     kind: str
@@ -139,8 +142,10 @@ def read_evaluation(folder: Path, overrides: dict[str, Any] | None = None, name:
         )
     pair = _dict(content.get("pair"))
     coef = number(_dict(pair.get("jacobian")).get("coef"))
+    own_name = str(content.get("name") or folder.parent.name)
     return Judged(
-        name=name or str(content.get("name") or folder.parent.name),
+        name=name or own_name,
+        own_name=own_name,
         folder=folder,
         kind=str(content.get("kind") or (TRADITIONAL if coef == 0 else JSAE)),
         random_weights=content.get("random_weights") or False,

@@ -59,7 +59,14 @@ def jacobian_items(runs: Sequence[Judged]) -> list[Item]:
     ):
         some = [run for run in runs if figures_jacobian.thresholds_of([run], measure)]
         items.append(
-            _item(key, title, text, some, runs, lambda some=some, measure=measure: figures_jacobian.threshold_bars(some, measure))
+            _item(
+                key,
+                title,
+                text,
+                some,
+                runs,
+                lambda some=some, measure=measure: figures_jacobian.threshold_bars(some, measure),
+            )
         )
     names = [f"jacobian/{key}" for key, _ in figures_jacobian.MEASURES]
     some = [run for run in runs if any(name in run.figures for name in names)]
@@ -126,9 +133,7 @@ def comparison_items(runs: Sequence[Judged], comparison: Comparison | None) -> l
             "more faithful; look for the weight at which the curve falls off."
         )
         if figures_tradeoff.can_draw(runs, key):
-            items.append(
-                _item(name, title, text, runs, runs, lambda key=key: figures_tradeoff.trade_off(runs, key))
-            )
+            items.append(_item(name, title, text, runs, runs, lambda key=key: figures_tradeoff.trade_off(runs, key)))
         else:
             items.append(Item(name, title, "It needs runs of two weights: train a sweep over jacobian.coef, as in "
                               "`jsae-train -m jacobian.coef=0,0.5,1`, and report on its folder."))  # fmt: skip
@@ -162,7 +167,7 @@ def _shrink_item(runs: Sequence[Judged], comparison: Comparison | None) -> Item:
     title = "Against the shrunk baseline"
     rows = []
     for match in comparison.shrink_matched if comparison else []:
-        own = next((run for run in runs if run.name == match.get("run")), None)
+        own = next((run for run in runs if run.own_name == match.get("run")), None)
         for key, figure in sorted(match["figures"].items()):
             prefix = f"jacobian/{figures_jacobian.RAW}"
             if own is not None and key.startswith(prefix) and own.mean(key) is not None:
@@ -312,7 +317,9 @@ def _item(
     key: str, title: str, text: str, some: Sequence[Judged], runs: Sequence[Judged], draw: "Callable[[], Figure]"
 ) -> Item:
     if not some:
-        return Item(key, title, f"Its data are not in the evaluation: run `jsae-eval {run_folder(runs[0])}` and report again.")
+        return Item(
+            key, title, f"Its data are not in the evaluation: run `jsae-eval {run_folder(runs[0])}` and report again."
+        )
     names = ", ".join(run.name for run in some)
     return Item(key, title, text, draw, f"{title}: {names}.")
 
