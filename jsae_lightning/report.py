@@ -59,7 +59,7 @@ def write_report(
     for note in notes:
         print(note)
     if missing:
-        print(f"without data: {', '.join(missing)}; the page says what to run")
+        print(f"without data: {', '.join(dict.fromkeys(missing))}; the page says what to run")
     print(f"report: {path} ({path.stat().st_size / 1e6:.1f} MB), figures: {path.parent / 'figures'}", flush=True)
     return path
 

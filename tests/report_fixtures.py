@@ -48,7 +48,7 @@ def make_evaluation(
     graph: bool = True,
     hostile: bool = False,
 ) -> Path:
-    """Write `eval.json`, `arrays.safetensors` and `graph/` to `folder`: J of 200 tokens, the sparser the larger coef."""
+    """Write `eval.json`, `arrays.safetensors` and `graph/` to `folder`; the larger coef, the sparser J."""
     rng = np.random.default_rng(int(100 * coef) + 7 * bool(random_weights))
     folder.mkdir(parents=True)
     values = rng.standard_t(3, (200, K, K)) * 0.05 / (1 + 3 * coef) * np.exp(rng.normal(0, 0.3 + coef, (200, K, K)))
