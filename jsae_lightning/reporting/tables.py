@@ -39,10 +39,12 @@ def model_text(run: Judged) -> str:
     return f"{model.get('name', 'unknown')}, layer {model.get('layer', '?')}"
 
 
-def number_text(value: Number | float | None) -> str:
+def number_text(value: Number | float | int | None) -> str:
     """Return a number with its standard error as HTML: four digits, and two of the error."""
     if value is None:
         return ""
+    if isinstance(value, int):
+        return f"{value:,}"
     mean, error = (value.mean, value.standard_error) if isinstance(value, Number) else (value, None)
     text = f"{mean:.4g}"
     return text if error is None else f'{text} <span class="se">± {error:.2g}</span>'
