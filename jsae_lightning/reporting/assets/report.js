@@ -105,10 +105,10 @@ function edgeRows(number, side, latent) {
 
 function context(example, values, title, inputs) {
   const largest = Math.max(...values.map(Math.abs), 1e-30);
-  const box = element("div", { class: "context", dir: "auto" });
+  const text = element("div", { dir: "auto" });
   const place = ["document", "sequence", "position"].filter((key) => key in example)
     .map((key) => `${key} ${whole(example[key])}`).join(", ");
-  box.append(element("span", { class: "where", text: `${title} ${format(values[example.peak] ?? largest)}; ${place}` }));
+  const where = element("div", { class: "where", text: `${title} ${format(values[example.peak] ?? largest)}; ${place}` });
   example.tokens.forEach((token, index) => {
     // A line break is shown where it stands, and as a sign, so that it can be marked too.
     const shown = token.replace(/\n/g, "\u21b5\n").replace(/\t/g, "\u21e5");
@@ -121,9 +121,9 @@ function context(example, values, title, inputs) {
     }
     if (index === example.peak) span.classList.add("peak");
     span.setAttribute("title", note);
-    box.append(span);
+    text.append(span);
   });
-  return box;
+  return element("div", { class: "context" }, where, text);
 }
 
 function showLatent(number, side, latent) {
