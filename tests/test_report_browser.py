@@ -13,7 +13,7 @@ const width = document.documentElement.clientWidth;
 const inBox = (node) => node.closest(".scroll, .list");
 return [...document.querySelectorAll("body *")].filter((node) => !inBox(node) || node.matches(".scroll, .list"))
   .filter((node) => { const box = node.getBoundingClientRect(); return box.width && box.right > width + 1; })
-  .map((node) => `${node.tagName}.${node.getAttribute("class")} ${node.getBoundingClientRect().right} ${node.textContent.slice(0, 40)}`);
+  .map((node) => `${node.tagName} ${node.getAttribute("class")} ${node.textContent.slice(0, 40)}`);
 """
 SMALL_TEXT = """
 const small = [];

@@ -103,9 +103,9 @@ class _Painter:
             self.missing.append(item.title)
             return Drawn(item, None)
         figure = item.draw()
-        svg = style.to_svg(figure)
+        png, svg = style.to_png(figure), style.to_svg(figure)
         with atomic_file(self.folder / f"{item.key}.png") as temporary:
-            temporary.write_bytes(style.to_png(figure))
+            temporary.write_bytes(png)
         with atomic_file(self.folder / f"{item.key}.svg") as temporary:
             temporary.write_text(svg, encoding="utf-8")
         inline = style.inline_svg(svg, title=item.alt, key=item.key)

@@ -124,7 +124,9 @@ def short(name: str, length: int = 30) -> str:
 
 def to_png(figure: "Figure") -> bytes:
     """Return the figure as a PNG file."""
-    return _save(figure, "png")
+    png = _save(figure, "png")
+    figure.set_layout_engine("none")  # everything has its place now: finding it anew would double the time
+    return png
 
 
 def to_svg(figure: "Figure") -> str:
@@ -142,6 +144,7 @@ def inline_svg(svg: str, *, title: str, key: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' id="[A-Za-z0-9.]+_[0-9]+"', "", svg)  # matplotlib's names of groups: nothing refers to them
+    svg = _without_repeated_ids(svg)
     svg = re.sub(r'(id="|href="#|url\(#)([a-z][0-9a-f]{6,})', rf"\1{key}-\2", svg)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*pt"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*pt"', r"\1", svg, count=1)
@@ -150,6 +153,18 @@ def inline_svg(svg: str, *, title: str, key: str) -> str:
         svg = re.sub(color, f"var({variable})", svg, flags=re.IGNORECASE)
     # Real letters inherit the page's font; one without an explicit fill would be black in the dark.
     return svg.replace("<text ", '<text fill="var(--ink)" ')
+
+
+def _without_repeated_ids(svg: str) -> str:
+    """Drop the ids of all definitions but the first of those that matplotlib repeats, the same, for each axes."""
+    seen: set[str] = set()
+
+    def first_only(match: re.Match[str]) -> str:
+        known = match[1] in seen
+        seen.add(match[1])
+        return "" if known else match[0]
+
+    return re.sub(r' id="([^"]+)"', first_only, svg)
 
 
 def _save(figure: "Figure", kind: str) -> bytes:
