@@ -97,7 +97,7 @@ def _compare(folder: Path, found: Found, overrides: Sequence[str]) -> list[str]:
     places = [path.parent for path, _ in found.evaluated if path.name == "eval"]
     if len(places) < 2:
         return []
-    from jsae_lightning.comparison import compare_folders
+    from jsae_lightning.comparison_files import compare_folders
 
     try:
         compare_folders([str(place) for place in places], list(overrides), out=str(folder / COMPARISON_FOLDER))

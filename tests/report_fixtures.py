@@ -72,8 +72,11 @@ def make_evaluation(
         for number, ranking in enumerate(("contribution", "jacobian", "integrated_gradients", "random")):
             fall = [0.4 * 2 ** (-e / (4 + 9 * number)) for e in edges]
             curves[f"edge_kl/{ranking}"] = curve(edges, fall)
+            curves[f"edge_error/{ranking}"] = curve(edges, [2 * value for value in fall])
             curves[f"edge_ce/{ranking}"] = curve(edges, [2.02 + value for value in fall])
-        figures |= {"fidelity/ablation_slope": 0.97, "fidelity/ablation_r2": 0.9}
+        figures |= {"fidelity/ablation_slope": 0.97, "fidelity/ablation_r2": 0.9, "fidelity/edge_ce_clean": 2.0}
+        figures |= {"fidelity/edge_ce_true": 2.01, "fidelity/flat_share": 0.1, "fidelity/linear_share": 0.8}
+        figures |= {"fidelity/jump_relu_share": 0.15, "fidelity/other_share": 0.05}
     content = {
         "format_version": 1,
         "name": name,

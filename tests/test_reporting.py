@@ -175,13 +175,17 @@ def test_missing_pairs_are_evaluated_and_failures_noted(tmp_path, monkeypatch, c
         calls.append((folder.name, overrides))
         if folder.name == "1":
             raise UserError("data: gone: bring it back")
+        shutil.rmtree(folder / "eval", ignore_errors=True)
         write_least(folder / "eval", name=folder.name)
 
     def compare_folders(folders, overrides, *, out):
         calls.append((folders, out))
         raise UserError("the tokens differ")
 
-    modules = {"evaluate": {"evaluate_folder": evaluate_folder}, "comparison": {"compare_folders": compare_folders}}
+    modules = {
+        "evaluate": {"evaluate_folder": evaluate_folder},
+        "comparison_files": {"compare_folders": compare_folders},
+    }
     for name, content in modules.items():
         monkeypatch.setitem(sys.modules, f"jsae_lightning.{name}", types.SimpleNamespace(**content))
     for number in range(4):
@@ -288,6 +292,11 @@ def test_slope_and_r2_by_hand():
     assert figures_fidelity.slope_and_r2(p, m) == pytest.approx((1.6, 0.6))
     assert all(map(math.isnan, figures_fidelity.slope_and_r2(np.zeros(3), np.ones(3))))
     assert figures_fidelity.slope_and_r2(p, -3 * p) == pytest.approx((-3, 1))
+
+
+def test_shares_of_classes_add_up(root):
+    shares = figures_fidelity.linearity_shares(read_evaluation(root / "run" / "eval"))
+    assert shares == pytest.approx({"linear": 0.72, "jump_relu": 0.135, "other": 0.045, "flat": 0.1})
 
 
 def test_cumulative_share_by_hand():

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 RANKINGS = ("contribution", "jacobian", "integrated_gradients", "random")
 CURVES = {"edge_ce": "cross-entropy, nats", "edge_kl": "KL divergence, nats", "edge_error": "relative error"}
-CLASSES = ("linear", "jumprelu", "flat", "other")
-CLASS_NAMES = {"linear": "linear", "jumprelu": "JumpReLU", "flat": "flat", "other": "other"}
+CLASSES = ("linear", "jump_relu", "flat", "other")
+CLASS_NAMES = {"linear": "linear", "jump_relu": "JumpReLU", "flat": "flat", "other": "other"}
 
 
 def rankings_of(run: Judged, curve: str) -> list[str]:
@@ -42,8 +42,13 @@ def edge_curves(run: Judged, curve: str) -> "Figure":
             linestyle=LINES[number % len(LINES)],
             label=ranking.replace("_", " "),
         )
-    if curve == "edge_ce" and run.mean("val/ce_clean") is not None:
-        axes.axhline(run.mean("val/ce_clean") or 0.0, color="#7f7f7f", linestyle=":", label="language model as it is")
+    for key, label, line in (
+        ("clean", "language model as it is", ":"),
+        ("true", "output SAE on the true output", "-."),
+    ):
+        level = run.mean(f"fidelity/{curve}_{key}")
+        if level is not None:
+            axes.axhline(level, color="#7f7f7f", linestyle=line, linewidth=1.2, label=label)
     axes.set_xscale("symlog", linthresh=1, linscale=0.4)  # no edge at all is a point too
     axes.set_xlim(left=-0.1)
     edges_axis(axes.xaxis, sorted(counts))
@@ -88,14 +93,15 @@ def ablation_scatter(predicted: np.ndarray, measured: np.ndarray, *, step: str) 
 
 
 def linearity_shares(run: Judged) -> dict[str, float]:
-    """Return the share of each class: the figures `fidelity/linearity_<class>`, else counted from the examples."""
-    found = {name: run.mean(f"fidelity/linearity_{name}") for name in CLASSES}
-    if any(value is not None for value in found.values()):
-        return {name: value for name, value in found.items() if value is not None}
-    classes = run.arrays.get("linearity_class")
-    if classes is None or not len(classes):
+    """Return the shares of the classes among all functions; nothing if they are not known.
+
+    Of the figures, `fidelity/flat_share` is of all functions, `fidelity/<class>_share` of those that are not flat.
+    """
+    found = {name: run.mean(f"fidelity/{name}_share") for name in CLASSES}
+    flat = found.pop("flat")
+    if flat is None:
         return {}
-    return {name: float((classes == number).mean()) for number, name in enumerate(CLASSES)}
+    return {name: (1 - flat) * (share or 0.0) for name, share in found.items()} | {"flat": flat}
 
 
 @styled

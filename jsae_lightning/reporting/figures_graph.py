@@ -17,7 +17,7 @@ def edge_distribution(mean_abs: np.ndarray) -> "Figure":
     figure, (axes,) = new_figure()
     if len(positive):
         low, high = positive.min(), positive.max()
-        bins = np.logspace(np.log10(low) - 0.05, np.log10(high) + 0.05, 41)
+        bins = np.logspace(np.log10(low) - 0.05, np.log10(high) + 0.05, 41).tolist()
         axes.hist(positive, bins=bins, color=COLORS[0])
     axes.set_xscale("log")
     axes.set_yscale("log")

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -201,7 +201,7 @@ def top_shares(run: Judged) -> list[tuple[int, float, float | None]]:
     )
 
 
-def _horizontal_bars(axes, runs: Sequence[Judged], key: str, label: str) -> None:  # type: ignore[no-untyped-def]
+def _horizontal_bars(axes: Any, runs: Sequence[Judged], key: str, label: str) -> None:
     heights = [_known(run.mean(key)) for run in runs]
     errors = [run.error(key) or 0.0 for run in runs]
     for number, (run, height, error) in enumerate(zip(runs, heights, errors, strict=True)):
@@ -219,7 +219,7 @@ def _horizontal_bars(axes, runs: Sequence[Judged], key: str, label: str) -> None
     axes.xaxis.set_major_formatter(plain)
 
 
-def _bar(number: int) -> dict[str, str]:
+def _bar(number: int) -> dict[str, Any]:
     hatches = ("", "//", "..", "xx")
     return {
         "color": COLORS[number % len(COLORS)],

@@ -1,7 +1,7 @@
 """Figures of a sweep over the penalty's weight: what sparsity costs."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jsae_lightning.reporting.readers import Judged
 from jsae_lightning.reporting.style import COLORS, MARKERS, legend, new_figure, plain, styled
@@ -51,11 +51,15 @@ def trade_off(runs: Sequence[Judged], key: str) -> "Figure":
     chosen = plotted(runs, key)
     for axes, (title, series) in zip(axes_list, QUALITIES, strict=True):
         for number, (quality, label) in enumerate(series):
-            points = [(sparsity(run, key), run.mean(quality), run) for run in chosen if run.mean(quality) is not None]
+            points = [
+                (place, height, run)
+                for run in chosen
+                if (place := sparsity(run, key)) is not None and (height := run.mean(quality)) is not None
+            ]
             if not points:
                 continue
             real = [point for point in points if not point[2].is_random]
-            style = {"color": COLORS[number], "marker": MARKERS[number]}
+            style: dict[str, Any] = {"color": COLORS[number], "marker": MARKERS[number]}
             axes.errorbar(
                 [p[0] for p in real],
                 [p[1] for p in real],
@@ -75,10 +79,10 @@ def trade_off(runs: Sequence[Judged], key: str) -> "Figure":
                     **style,
                 )
             if number == 0:
-                place = -18 if title == "CE score" else 9  # outside of the other curves
+                offset = -18 if title == "CE score" else 9  # outside of the other curves
                 for x, y, run in points:
                     axes.annotate(
-                        f"{run.coef:g}", (x, y), xytext=(0, place), textcoords="offset points", ha="center", zorder=5
+                        f"{run.coef:g}", (x, y), xytext=(0, offset), textcoords="offset points", ha="center", zorder=5
                     )
         axes.margins(0.1, 0.16)
         axes.set_ylabel(title)

@@ -90,6 +90,19 @@ class Comparison:
 
     findings: list[str]
     shrink_matched: list[dict[str, Any]]
+    runs: dict[str, dict[str, Any]]
+    """By the name that it gives them."""
+
+    def matches(self, runs: Sequence[Judged]) -> list[tuple[Judged, dict[str, Any]]]:
+        """Return the runs that have a shrink-matched baseline on the same language model, with what is known of it."""
+        folders = {run.folder.resolve(): run for run in runs}
+        found = []
+        for match in self.shrink_matched:
+            own, other = (self.runs.get(str(match.get(key)), {}) for key in ("run", "baseline"))
+            run = folders.get(Path(str(own.get("eval"))).resolve().parent)
+            if run is not None and own.get("random_weights") == other.get("random_weights"):
+                found.append((run, match))
+        return found
 
 
 @dataclass(frozen=True)
@@ -180,7 +193,8 @@ def read_comparison(path: Path | None) -> Comparison | None:
     shrunk = [item for item in content.get("shrink_matched") or [] if isinstance(item, dict)]
     for item in shrunk:
         item["figures"] = _figures(_dict(item.get("figures")))
-    return Comparison(findings, shrunk)
+    runs = {str(item.get("name")): item for item in content.get("runs") or [] if isinstance(item, dict)}
+    return Comparison(findings, shrunk, runs)
 
 
 def read_json_lines(path: Path, limit: int | None = None) -> list[dict[str, Any]]:

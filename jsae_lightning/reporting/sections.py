@@ -4,6 +4,7 @@ import math
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from jsae_lightning.reporting import figures_fidelity, figures_graph, figures_jacobian, figures_tradeoff
@@ -65,7 +66,7 @@ def jacobian_items(runs: Sequence[Judged]) -> list[Item]:
                 text,
                 some,
                 runs,
-                lambda some=some, measure=measure: figures_jacobian.threshold_bars(some, measure),
+                partial(figures_jacobian.threshold_bars, some, measure),
             )
         )
     names = [f"jacobian/{key}" for key, _ in figures_jacobian.MEASURES]
@@ -112,9 +113,7 @@ def _distribution_items(runs: Sequence[Judged]) -> list[Item]:
                     text + (" Here scale is gone: only the shape differs." if kind == "rms" else ""),
                     some,
                     runs,
-                    lambda some=some, kind=kind, cumulative=cumulative: figures_jacobian.abs_distribution(
-                        some, kind, cumulative=cumulative
-                    ),
+                    partial(figures_jacobian.abs_distribution, some, kind, cumulative=cumulative),
                 )
             )
     return items
@@ -133,7 +132,7 @@ def comparison_items(runs: Sequence[Judged], comparison: Comparison | None) -> l
             "more faithful; look for the weight at which the curve falls off."
         )
         if figures_tradeoff.can_draw(runs, key):
-            items.append(_item(name, title, text, runs, runs, lambda key=key: figures_tradeoff.trade_off(runs, key)))
+            items.append(_item(name, title, text, runs, runs, partial(figures_tradeoff.trade_off, runs, key)))
         else:
             items.append(Item(name, title, "It needs runs of two weights: train a sweep over jacobian.coef, as in "
                               "`jsae-train -m jacobian.coef=0,0.5,1`, and report on its folder."))  # fmt: skip
@@ -166,12 +165,12 @@ def _shrink_item(runs: Sequence[Judged], comparison: Comparison | None) -> Item:
     """Raw thresholds of a sparse pair beside those of the baseline made as small."""
     title = "Against the shrunk baseline"
     rows = []
-    for match in comparison.shrink_matched if comparison else []:
-        own = next((run for run in runs if run.own_name == match.get("run")), None)
+    matches = comparison.matches(runs) if comparison else []
+    for own, match in matches:
         for key, figure in sorted(match["figures"].items()):
             prefix = f"jacobian/{figures_jacobian.RAW}"
-            if own is not None and key.startswith(prefix) and own.mean(key) is not None:
-                label = own.name[:14] if len(comparison.shrink_matched) > 1 else ""  # type: ignore[union-attr]
+            if key.startswith(prefix) and own.mean(key) is not None:
+                label = own.name[:14] if len(matches) > 1 else ""
                 rows.append((label, f"> {key.removeprefix(prefix)}", own.mean(key), figure.mean))
     rows = rows[:24]
     if not rows:
@@ -229,10 +228,14 @@ def run_items(run: Judged, graph: Graph | None, key: str) -> list[Item]:
                    "all maps; dark maps may be small rather than sparse."),
                 [run] if has_maps else [],
                 [run],
-                lambda normalized=normalized: figures_jacobian.heat_maps(run, normalized=normalized),
+                partial(figures_jacobian.heat_maps, run, normalized=normalized),
             )
         )  # fmt: skip
-    for curve, what in (("edge_ce", "Cross-entropy"), ("edge_kl", "KL divergence")):
+    for curve, what in (
+        ("edge_ce", "Cross-entropy"),
+        ("edge_kl", "KL divergence"),
+        ("edge_error", "Error of the MLP's output"),
+    ):
         items.append(
             _item(
                 f"{key}{curve.replace('_', '-')}",
@@ -241,7 +244,7 @@ def run_items(run: Judged, graph: Graph | None, key: str) -> list[Item]:
                 "sooner a curve falls, the more of the computation its few edges hold; `random` is the yardstick.",
                 [run] if figures_fidelity.rankings_of(run, curve) else [],
                 [run],
-                lambda curve=curve: figures_fidelity.edge_curves(run, curve),
+                partial(figures_fidelity.edge_curves, run, curve),
             )
         )
     for name, step, title in (

@@ -22,7 +22,7 @@ MARKERS = "osD^vPX*"
 LINES = ("-", "--", "-.", ":")
 COLOR_MAP = "cividis"
 
-_SETTINGS: dict[str, Any] = {
+_SETTINGS: Any = {
     "text.parse_math": False,  # names hold "$" and mean it
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -81,7 +81,7 @@ def styled(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def plain(value: float, _position: int | None = None) -> str:
+def plain(value: float, _position: float | None = None) -> str:
     """Return a tick's text without mathematical markup: 0.001, 25, 1e-05."""
     return f"{value:g}"
 
@@ -145,7 +145,7 @@ def inline_svg(svg: str, *, title: str, key: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' id="[A-Za-z0-9.]+_[0-9]+"', "", svg)  # matplotlib's names of groups: nothing refers to them
     svg = _without_repeated_ids(svg)
-    svg = re.sub(r'(id="|href="#|url\(#)([a-z][0-9a-f]{6,})', rf"\1{key}-\2", svg)
+    svg = re.sub(r'(id="|href="#|url\(#)((?:image|[a-z])[0-9a-f]{6,})', rf"\1{key}-\2", svg)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*pt"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*pt"', r"\1", svg, count=1)
     svg = re.sub(r"<svg", f'<svg role="img" aria-label="{escape(title)}"', svg, count=1)
@@ -172,6 +172,7 @@ def _save(figure: "Figure", kind: str) -> bytes:
 
     file = BytesIO()
     metadata = {"Date": None} if kind == "svg" else {"Software": None}
-    with rc_context({**_SETTINGS, "svg.hashsalt": "report"}):
+    settings: Any = {**_SETTINGS, "svg.hashsalt": "report"}
+    with rc_context(settings):
         figure.savefig(file, format=kind, dpi=144, metadata=metadata)
     return file.getvalue()
