@@ -260,6 +260,7 @@ def make_sweep(folder: Path, coefs: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0)) ->
             "name": str(number),
             "folder": str(folder / str(number)),
             "eval": str(folder / str(number) / "eval" / "eval.json"),
+            "random_weights": False,
         }
         for number in range(2)
     ]

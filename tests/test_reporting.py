@@ -40,10 +40,9 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def reports(root, tmp_path_factory):
-    """The pages of both, drawn once: that takes seconds."""
-    out = tmp_path_factory.mktemp("out")
-    return {name: write_report(root / name, out=out / name, evaluate=False) for name in ("run", "sweep")}
+def run_page(root, tmp_path_factory):
+    """The page on the run, drawn once: that takes seconds."""
+    return write_report(root / "run", out=tmp_path_factory.mktemp("out"), evaluate=False)
 
 
 @pytest.fixture
@@ -206,8 +205,8 @@ def test_missing_pairs_are_evaluated_and_failures_noted(tmp_path, monkeypatch, c
     ]  # fmt: skip
 
 
-def test_report_of_a_run(reports):
-    text = reports["run"].read_text(encoding="utf-8")
+def test_report_of_a_run(run_page):
+    text = run_page.read_text(encoding="utf-8")
     page = Page(text)
     assert len(text) < 15_000_000
     # Nothing is loaded: no address outside of the page in any attribute, and a policy that forbids it.
@@ -220,15 +219,15 @@ def test_report_of_a_run(reports):
     svgs = [attributes for tag, attributes in page.tags if tag == "svg"]
     assert len(svgs) >= 18 and all(svg["role"] == "img" and len(svg["aria-label"]) > 10 for svg in svgs)
     assert [tag for tag, _ in page.tags].count("figcaption") == len(svgs)
-    figures = reports["run"].parent / "figures"
+    figures = run_page.parent / "figures"
     names = {path.name for path in figures.iterdir()}
     assert len(names) == 2 * len(svgs) and {"thresholds.png", "thresholds.svg"} <= names
     for path in figures.glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000, path
 
 
-def test_hostile_texts_stay_texts(reports):
-    page = Page(reports["run"].read_text(encoding="utf-8"))
+def test_hostile_texts_stay_texts(run_page):
+    page = Page(run_page.read_text(encoding="utf-8"))
     assert [tag for tag, _ in page.tags].count("script") == 2 == len(page.scripts)
     (data,) = json.loads(page.scripts[0])
     tokens = {token for examples in data["contexts"].values() for item in examples for token in item["tokens"]}
@@ -269,10 +268,11 @@ def test_an_evaluation_with_next_to_nothing(tmp_path):
     assert "Not shown" in page.text
 
 
-def test_report_of_a_sweep(reports):
-    page = Page(reports["sweep"].read_text(encoding="utf-8"))
+@pytest.mark.slow
+def test_report_of_a_sweep(root, tmp_path):
+    page = Page(write_report(root / "sweep", out=tmp_path, evaluate=False).read_text(encoding="utf-8"))
     assert "1 has 20 % fewer effective edges than 0" in page.text
-    names = {path.stem for path in (reports["sweep"].parent / "figures").iterdir()}
+    names = {path.stem for path in (tmp_path / "figures").iterdir()}
     assert {"trade-off-raw", "trade-off-scale-free", "random-models", "shrunk-baseline", "run-1-edge-kl"} <= names
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))

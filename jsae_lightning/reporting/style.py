@@ -81,7 +81,7 @@ def styled(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def plain(value: float, _position: float | None = None) -> str:
+def plain(value: float, _position: Any = None) -> str:
     """Return a tick's text without mathematical markup: 0.001, 25, 1e-05."""
     return f"{value:g}"
 
