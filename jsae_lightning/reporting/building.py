@@ -27,12 +27,13 @@ MAX_DETAILED = 6
 
 
 def read_runs(found: Found) -> list[Judged]:
-    """Read all evaluations; in a sweep, a run's name tells what varies, as in `3: coef=0.5, k=16`."""
+    """Read all evaluations; a run's name tells what varies, as in `3: coef=0.5, k=16`, else, of several, its kind."""
     runs = [read_evaluation(folder, overrides) for folder, overrides in found.evaluated]
     keys = varying(runs)
     names = []
     for run in runs:
         own = ", ".join(f"{key.rsplit('.', 1)[-1]}={run.overrides[key]}" for key in keys if key in run.overrides)
+        own = own or (tables.kind_text(run) if len(runs) > 1 else "")
         names.append(f"{run.own_name}: {own}" if own else run.own_name)
     return [replace(run, name=name) for run, name in zip(runs, unique_names(names), strict=True)]
 

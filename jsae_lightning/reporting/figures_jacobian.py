@@ -210,7 +210,7 @@ def _horizontal_bars(axes: Any, runs: Sequence[Judged], key: str, label: str) ->
             axes.annotate(
                 f"{height:.3g}", (height + error, number), xytext=(4, 0), textcoords="offset points", va="center"
             )
-    axes.set_yticks(range(len(runs)), [short(run.name, 24) for run in runs])
+    axes.set_yticks(range(len(runs)), [short(run.name, 28) for run in runs])
     axes.invert_yaxis()
     axes.margins(x=0.18)
     axes.set_xlim(left=0)

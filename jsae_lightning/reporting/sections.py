@@ -332,4 +332,4 @@ def _named_by_kind(run: Judged) -> Judged:
 
     from jsae_lightning.reporting.tables import kind_text
 
-    return replace(run, name=f"{run.name}: {kind_text(run)}")
+    return replace(run, name=f"{run.own_name}: {kind_text(run)}")
