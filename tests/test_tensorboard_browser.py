@@ -79,10 +79,10 @@ def driver():
 
 
 def read_until(driver, address, satisfied, picture):
-    """Open a page and read it until it shows what is wanted, or for half a minute; save a picture of it."""
+    """Open a page and read it until it shows what is wanted, or for a minute and a half; save a picture of it."""
     driver.get("about:blank")
     driver.get(address)
-    end = time.monotonic() + 30
+    end = time.monotonic() + 90
     while True:
         texts, pictures = driver.execute_script(READ)
         if satisfied(texts, pictures) or time.monotonic() > end:
