@@ -17,7 +17,7 @@ from jsae_lightning.architecture import read_architecture
 from jsae_lightning.atomic_files import remove_leftovers
 from jsae_lightning.callbacks.checkpointing import AtomicCheckpointIO
 from jsae_lightning.checkpoint import find_checkpoint, read_checkpoint, save_pair
-from jsae_lightning.config import build, jacobian_coef, sae_widths, to_dict
+from jsae_lightning.config import build, jacobian_coef, model_arguments, sae_widths, to_dict
 from jsae_lightning.data import ActivationDataModule
 from jsae_lightning.errors import UserError
 from jsae_lightning.module import JSAEModule
@@ -141,17 +141,9 @@ def quiet_libraries() -> None:
 
 def build_data(cfg: DictConfig) -> ActivationDataModule:
     """Build the data module; it loads the language model in its `setup`."""
-    model, data = to_dict(cfg.model), to_dict(cfg.data)
+    data = to_dict(cfg.data)
     return ActivationDataModule(
-        model={
-            "name_or_path": model["path"] or model["name"],
-            "layer": model["layer"],
-            "revision": model["revision"],
-            "dtype": model["dtype"],
-            "random_weights": model["random_weights"],
-            "seed": model["random_seed"],
-            "synthetic": model["synthetic"],
-        },
+        model=model_arguments(cfg),
         data=data | {"train_tokens": int(data["train_tokens"])},
         seed=cfg.seed,
         num_batches=cfg.trainer.max_steps,

@@ -210,6 +210,13 @@ def to_dict(node: DictConfig) -> dict[str, Any]:
     return OmegaConf.to_container(node, resolve=True)  # type: ignore[return-value]
 
 
+def model_arguments(cfg: DictConfig) -> dict[str, Any]:
+    """Return the arguments of `LanguageModel.load` that `cfg.model` stands for, all but the device."""
+    model = to_dict(cfg.model)
+    kept = {key: model[key] for key in ("layer", "revision", "dtype", "random_weights", "synthetic")}
+    return kept | {"name_or_path": model["path"] or model["name"], "seed": model["random_seed"]}
+
+
 def _check_model(cfg: DictConfig) -> None:
     if (cfg.model.name is None) == (cfg.model.path is None):
         raise UserError(

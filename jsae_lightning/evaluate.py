@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from jsae_lightning.atomic_files import atomic_folder
-from jsae_lightning.config import config_dir
+from jsae_lightning.config import config_dir, model_arguments
 from jsae_lightning.errors import UserError
 from jsae_lightning.evaluate_config import (
     chosen_settings,
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     import torch
 
     from jsae_lightning.held_out import HeldOut
-    from jsae_lightning.penalties import Penalty
+    from jsae_lightning.jacobians import EdgePenalty
 
 PROGRAM = "jsae-eval"
 log = logging.getLogger(__name__)
@@ -119,7 +119,17 @@ def evaluate(
     results, seconds = {}, {}
     with _results_folder(target) as temporary:
         limit = None if cfg.eval.jacobian_tokens is None else int(cfg.eval.jacobian_tokens)
-        task = Task(held_out, groups, limit, prepared.penalty, temporary)
+        task = Task(
+            held_out,
+            groups,
+            jacobian_tokens=limit,
+            penalty=prepared.penalty,
+            folder=temporary,
+            fidelity_tokens=int(cfg.eval.fidelity_tokens),
+            curve_sequences=cfg.eval.curve_sequences,
+            contexts=cfg.eval.contexts,
+            top_edges=cfg.eval.top_edges,
+        )
         for name in parts(cfg):
             start = time.monotonic()
             results[name] = run_part(name, task)
@@ -163,7 +173,7 @@ def show(texts: Sequence[str]) -> None:
 @dataclass(frozen=True)
 class _Prepared:
     held_out: "HeldOut"
-    penalty: "Penalty"
+    penalty: "EdgePenalty"
     device: "torch.device"
     remark: str | None
 
@@ -180,6 +190,7 @@ def _prepare(cfg: DictConfig, export: Path, pair_config: dict[str, Any]) -> _Pre
     from jsae_lightning.data import MAX_CONTEXT_LENGTH, ActivationDataModule
     from jsae_lightning.distributed import rank_and_world_size
     from jsae_lightning.held_out import HeldOut
+    from jsae_lightning.jacobians import edge_penalty
     from jsae_lightning.penalties import make_penalty
 
     quiet_libraries()
@@ -189,20 +200,12 @@ def _prepare(cfg: DictConfig, export: Path, pair_config: dict[str, Any]) -> _Pre
         torch.set_num_threads(cfg.num_threads)
     kernels.select_kernels(cfg.kernels)
     pair = load_pair(export, device=device)
-    model = cfg.model
-    name = model.path or model.name
-    architecture = read_architecture(name, revision=model.revision)
+    model = model_arguments(cfg)
+    architecture = read_architecture(model["name_or_path"], revision=model["revision"], synthetic=model["synthetic"])
     length = cfg.data.context_length or min(architecture.context_length, MAX_CONTEXT_LENGTH)
     sequences, remark = held_out_sequences(cfg, pair_config, length)
     data = ActivationDataModule(
-        model={
-            "name_or_path": name,
-            "layer": model.layer,
-            "revision": model.revision,
-            "dtype": model.dtype,
-            "random_weights": model.random_weights,
-            "seed": model.random_seed,
-        },
+        model=model_arguments(cfg),
         data=data_settings(cfg) | {"val_sequences": sequences},
         seed=cfg.seed,
         num_batches=1,
@@ -231,7 +234,7 @@ def _prepare(cfg: DictConfig, export: Path, pair_config: dict[str, Any]) -> _Pre
     included = data.included(data.val_tokens).clone()
     if cfg.eval.exclude_first_position:
         included[:, 0] = False
-    penalty = pair_config["jacobian"]
+    trained = pair_config["jacobian"]
     held_out = HeldOut(
         pair=pair,
         mlp=data.frozen_mlp,
@@ -239,12 +242,14 @@ def _prepare(cfg: DictConfig, export: Path, pair_config: dict[str, Any]) -> _Pre
         tokens=data.val_tokens,
         included=included,
         document=data.val_documents(),
-        at=penalty["at"],
+        at=trained["at"],
         batch_sequences=cfg.eval.batch_sequences,
         seed=cfg.seed,
         tokenizer=data.tokenizer,
     )
-    return _Prepared(held_out, make_penalty(penalty["penalty"], **penalty["params"]), device, remark)
+    penalty = make_penalty(trained["penalty"], **trained["params"])
+    # Exports of versions that knew no other edges do not say which they penalised.
+    return _Prepared(held_out, edge_penalty(penalty, trained.get("edges", "jacobian")), device, remark)
 
 
 def _record(folder: Path, pair_config: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, Any]:

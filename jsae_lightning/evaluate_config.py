@@ -17,7 +17,7 @@ from jsae_lightning.config import check_data, check_values, choices, config_dir,
 from jsae_lightning.config_schema import DataConfig, ModelConfig
 from jsae_lightning.errors import UserError
 
-PARTS = ("figures",)
+PARTS = ("figures", "fidelity", "graph", "ground_truth")
 """What can be measured; `evaluation_parts` has the functions."""
 
 _OF_TRAINING = {  # keys of `data` without a meaning here, and what they are set to
@@ -27,7 +27,8 @@ _OF_TRAINING = {  # keys of `data` without a meaning here, and what they are set
 _OF_THE_SAES = ("context_length", "exclude_first_position", "exclude_special_tokens")
 _POSITIVE = (
     "data.val_sequences", "data.context_length", "data.stream_timeout_s", "eval.tokens", "eval.jacobian_tokens",
-    "eval.groups", "eval.batch_sequences", "num_threads",
+    "eval.fidelity_tokens", "eval.curve_sequences", "eval.contexts", "eval.top_edges", "eval.groups",
+    "eval.batch_sequences", "num_threads",
 )  # fmt: skip
 _SAME_DATA = ("source", "path", "name", "config_name", "revision", "train_split")
 
@@ -38,6 +39,10 @@ class EvaluationConfig:
 
     tokens: int | float | None = MISSING  # 1e6 is welcome
     jacobian_tokens: int | float | None = MISSING
+    fidelity_tokens: int | float = MISSING
+    curve_sequences: int = MISSING
+    contexts: int = MISSING
+    top_edges: int = MISSING
     groups: int = MISSING
     batch_sequences: int = MISSING
     exclude_first_position: bool = MISSING
@@ -182,6 +187,7 @@ def _model_of_run(pair: dict[str, Any], folder: Path) -> dict[str, Any]:
         "name": None if is_folder else model["name"],
         "path": model["name"] if is_folder else None,
         **{key: model[key] for key in ("revision", "layer", "dtype", "random_weights", "random_seed")},
+        "synthetic": model.get("synthetic"),
     }
 
 

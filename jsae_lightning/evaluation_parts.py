@@ -3,6 +3,7 @@
 To add one, add its name to `evaluate_config.PARTS` and its function to `PART_FUNCTIONS`.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +15,14 @@ from torch import Tensor
 
 from jsae_lightning.distributed import rank_and_world_size
 from jsae_lightning.evaluation_progress import EvaluationProgress
+from jsae_lightning.fidelity import run_fidelity
+from jsae_lightning.graph import run_graph
+from jsae_lightning.ground_truth import run_ground_truth
 from jsae_lightning.grouped_evaluation import evaluate_groups, heat_maps
 from jsae_lightning.held_out import HeldOut
 from jsae_lightning.jackknife import Figure
-from jsae_lightning.penalties import Penalty
+from jsae_lightning.jacobians import EdgePenalty
+from jsae_lightning.synthetic.language_model import SyntheticLanguageModel
 
 
 @dataclass(frozen=True)
@@ -28,9 +33,15 @@ class Task:
     groups: Int[Tensor, "sequences seq"]
     """Each position's group of documents, for `jackknife`."""
     jacobian_tokens: int | None
-    penalty: Penalty
+    """Of the held-out ones, spread over them; None: all."""
+    penalty: EdgePenalty
     folder: Path
     """Where a part may write files of its own, on rank 0 only."""
+    fidelity_tokens: int
+    curve_sequences: int
+    contexts: int
+    """Contexts of each latent and, half as many, of each top edge."""
+    top_edges: int
 
 
 @dataclass
@@ -77,7 +88,43 @@ def _narrow(counts: Tensor) -> Tensor:
     return counts.to(torch.int32) if int(counts.max()) < 2**31 else counts
 
 
-PART_FUNCTIONS: dict[str, Part] = {"figures": run_figures}
+def measure_fidelity(task: Task) -> PartResult:
+    """Ask whether the sparse graph is the computation."""
+    found = run_fidelity(task.held_out, task.groups, tokens=task.fidelity_tokens, curve_sequences=task.curve_sequences)
+    return PartResult(figures=found.figures, curves=found.curves, arrays=found.arrays, replicates=found.replicates)
+
+
+def measure_graph(task: Task) -> PartResult:
+    """Write the global graph with the contexts of its latents and edges."""
+    figures = run_graph(
+        task.held_out,
+        task.folder,
+        tokens=task.jacobian_tokens,
+        top_edges=task.top_edges,
+        contexts=task.contexts,
+        edge_contexts=max(1, task.contexts // 2),
+    )
+    return PartResult(figures={name: Figure(value, math.nan) for name, value in figures.items()})
+
+
+def measure_ground_truth(task: Task) -> PartResult:
+    """Compare the found graph with the known one of a synthetic model; nothing for any other model."""
+    if not isinstance(task.held_out.language_model, SyntheticLanguageModel):
+        return PartResult()
+    found = run_ground_truth(task.held_out)
+    curve = {"x": found.curve.recall.tolist(), "y": found.curve.precision.tolist(), "standard_error": None}
+    return PartResult(
+        figures={name: Figure(value, math.nan) for name, value in found.figures.items()},
+        curves={"ground_truth/precision_recall": curve},
+    )
+
+
+PART_FUNCTIONS: dict[str, Part] = {
+    "figures": run_figures,
+    "fidelity": measure_fidelity,
+    "graph": measure_graph,
+    "ground_truth": measure_ground_truth,
+}
 
 
 def run_part(name: str, task: Task) -> PartResult:

@@ -19,9 +19,8 @@ from jsae_lightning.evaluation import autoencoder_sums, evaluation_mode, jacobia
 from jsae_lightning.fine_histogram import fine_histogram
 from jsae_lightning.held_out import HeldOut
 from jsae_lightning.jackknife import Figure, leave_one_out, standard_error
-from jsae_lightning.jacobians import JACOBIAN_AT, jacobian
+from jsae_lightning.jacobians import JACOBIAN_AT, EdgePenalty, jacobian
 from jsae_lightning.metrics import Sums, with_prefix
-from jsae_lightning.penalties import Penalty
 from jsae_lightning.splicing import SPLICE_KEYS, chunks, splice_sums_of
 
 NUM_HEAT_MAPS = 8
@@ -52,7 +51,7 @@ def evaluate_groups(
     groups: Int[Tensor, "sequences seq"],
     *,
     jacobian_tokens: int | None,
-    penalty: Penalty,
+    penalty: EdgePenalty,
     on_sequences: Callable[[int], None] = lambda count: None,
 ) -> GroupedEvaluation:
     """Evaluate a pair; with several ranks all must call it, and each works on its share of the sequences.
@@ -90,7 +89,7 @@ def group_sums(
     *,
     shard: tuple[int, int],
     jacobian_tokens: int | None,
-    penalty: Penalty,
+    penalty: EdgePenalty,
     on_sequences: Callable[[int], None] = lambda count: None,
 ) -> Sums:
     """Return one shard's sums with the groups as first dimension: sequences rank, rank + world_size, ... for `shard`.
@@ -154,7 +153,7 @@ def heat_maps(
     return torch.stack(maps), positions
 
 
-def _jacobian_sums(held_out: HeldOut, mlp_in: Float[Tensor, "tokens d_model"], penalty: Penalty) -> Sums:
+def _jacobian_sums(held_out: HeldOut, mlp_in: Float[Tensor, "tokens d_model"], penalty: EdgePenalty) -> Sums:
     """Sum measures and histograms of both settings; penalty and fine histogram of the trained one."""
     sums: Sums = {}
     edges = jacobian_metrics.histogram_edges()
@@ -166,13 +165,13 @@ def _jacobian_sums(held_out: HeldOut, mlp_in: Float[Tensor, "tokens d_model"], p
         sums[f"histogram/abs_{setting}"] = jacobian_metrics.abs_histogram(result.values, edges)
         sums[f"histogram/rms_{setting}"] = jacobian_metrics.abs_histogram(normalized, edges)
         if setting == held_out.at:
-            sums["penalty"] = penalty(result.values).double() * len(mlp_in)
+            sums["penalty"] = penalty(result).double() * len(mlp_in)
             sums["fine_histogram"] = fine_histogram(result.values)
             sums["entries"] = sums["fine_histogram"].new_tensor(result.values.numel())
     return sums
 
 
-def _zero_sums(held_out: HeldOut, penalty: Penalty, num_groups: int) -> Sums:
+def _zero_sums(held_out: HeldOut, penalty: EdgePenalty, num_groups: int) -> Sums:
     token = held_out.pair.input_sae.W_enc.new_zeros(1, held_out.pair.d_model)
     sums = autoencoder_sums(held_out.pair, held_out.mlp, token) | _jacobian_sums(held_out, token, penalty)
     sums |= {f"splice/{key}": token.new_zeros((), dtype=torch.float64) for key in SPLICE_KEYS}
