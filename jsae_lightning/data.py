@@ -192,8 +192,11 @@ class ActivationDataModule(LightningDataModule):
     def val_documents(self) -> Int64[Tensor, "sequences context_length"]:
         """Return the document that each position of `val_tokens` belongs to; see `documents` for what is assumed."""
         assert self._sequences is not None, "setup() comes first"
-        separators = find_separators(self._encoder.packing, self.tokenizer, holds_tokens=self._encoder.holds_tokens)
-        return document_ids(self.val_tokens, separators, contiguous=self._sequences.is_val_contiguous)
+        holds_tokens = self._encoder.holds_tokens
+        separators = find_separators(self._encoder.packing, self.tokenizer, holds_tokens=holds_tokens)
+        # Rows of tokens may be held out from anywhere, cut, and without separators.
+        contiguous = self._sequences.is_val_contiguous and not holds_tokens
+        return document_ids(self.val_tokens, separators, contiguous=contiguous)
 
     def describe(self) -> str:
         """Two lines: the data and how often training goes through them; the buffer's memory."""
@@ -286,9 +289,8 @@ class ActivationDataModule(LightningDataModule):
             val_tokens, is_contiguous = self._spread(val)
         else:
             assert source.val is not None
-            encoder = self._cutting(source.val)
-            val_tokens, _ = first_sequences(source.val, encoder, self._config.val_sequences)
-            is_contiguous = not encoder.cut
+            val_tokens, _ = first_sequences(source.val, self._cutting(source.val), self._config.val_sequences)
+            is_contiguous = True
         note = f", {left_out:,} rows next to held-out ones left out" if left_out else ""
         return self._random_access(packed, val_tokens, is_contiguous, note)
 
@@ -312,10 +314,8 @@ class ActivationDataModule(LightningDataModule):
     def _from_stream(self, source: Source) -> _Sequences:
         encoder, wanted = self._cutting(source.train), self._config.val_sequences
         skip_rows, skip_digests = 0, frozenset[bytes]()
-        val_encoder = encoder
         if source.val is not None:
-            val_encoder = self._cutting(source.val)
-            val_tokens, _ = first_sequences(source.val, val_encoder, wanted)
+            val_tokens, _ = first_sequences(source.val, self._cutting(source.val), wanted)
         else:
             val_tokens, held_out = first_sequences(source.train, encoder, wanted)
             skip_rows = rows_to_skip(source.train, held_out, getattr(self.tokenizer, "eos_token_id", None))
@@ -332,7 +332,7 @@ class ActivationDataModule(LightningDataModule):
                 f"{self._where}, and not one is left to train on: lower it, give more data or a data.val_split"
             ) from error
         note = f", its first {skip_rows:,} rows held out" if skip_rows else ""
-        return _Sequences(make_train, probe, None, val_tokens, not val_encoder.cut, note)
+        return _Sequences(make_train, probe, None, val_tokens, True, note)
 
     def _cutting(self, rows: Rows) -> Encoder:
         """The encoder for rows that are read in order: the first ones tell whether rows are cut or joined."""

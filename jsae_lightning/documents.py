@@ -10,8 +10,8 @@ read off the tokens:
 A sequence that does not go on where the one before it stopped begins a document, though it may be a later part of one
 that was seen before. That happens wherever held-out sequences are spaced out over the data. Then parts of one document
 count as several; in the contiguous groups of `jackknife.document_groups` they are neighbours all the same. A text that
-contains the separator itself is taken for two documents, and pre-tokenised data without separators for one document a
-sequence (where sequences are not contiguous) or one in all.
+contains the separator itself is taken for two documents. Rows of pre-tokenised data are never taken to go on from one
+sequence to the next; without separators, each of their sequences is a document.
 """
 
 from dataclasses import dataclass
