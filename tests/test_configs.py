@@ -182,10 +182,11 @@ def test_lists_in_config_agree_with_the_code():
     assert set(config.PENALTIES) == set(PENALTIES)
     assert set(config._CHOICES["jacobian.at"]) == set(JACOBIAN_AT)
     assert set(config._CHOICES["kernels"]) == {"auto", *kernels.IMPLEMENTATIONS}
-    assert {path.stem for path in Path(config_dir() / "jacobian").glob("*.yaml")} == {"base", "tiny", *PENALTIES}
+    presets = {path.stem for path in Path(config_dir() / "jacobian").glob("*.yaml")}
+    assert presets == {"base", "tiny", "synthetic", *PENALTIES}
 
 
-@pytest.mark.parametrize("experiment", ["tiny", "paper/pythia-70m", "gated/llama-3.2-1b", "none"])
+@pytest.mark.parametrize("experiment", ["tiny", "synthetic", "paper/pythia-70m", "gated/llama-3.2-1b", "none"])
 def test_a_penalty_chosen_on_the_command_line_brings_its_own_weight(experiment):
     cfg = _compose([f"experiment={experiment}", "jacobian=hoyer"])
     assert (cfg.jacobian.penalty, cfg.jacobian.coef) == ("hoyer", 0.07)
