@@ -92,7 +92,7 @@ def explorer_data(graph: Graph, evaluation: Path, *, max_bytes: int) -> dict[str
         left_out.append(f"the list shows the {len(outputs):,} strongest of {num_outputs:,} output latents")
     if len(edges) < len(graph.output):
         left_out.append(
-            f"{len(edges):,} of {len(graph.output):,} edges are in this page, at most {TOP_EDGES} of a latent"
+            f"{len(edges):,} of {len(graph.output):,} edges are in this page, of which each latent shows {TOP_EDGES}"
         )
     budget = max_bytes - len(_json(data))
     wanted = [f"output-{latent}" for latent in outputs] + [f"input-{latent}" for latent in inputs]

@@ -43,6 +43,7 @@ for (const button of document.querySelectorAll("table.sortable th button")) {
 // --- the explorer. Addresses: #output-12, #input-7; with several runs #run-1-output-12 for the second.
 const RUNS = JSON.parse(document.getElementById("explorer-data").textContent);
 const LIST_LENGTH = 400;
+const EDGES_SHOWN = 24; // the page holds at least so many of the strongest edges of each latent of its lists
 const byId = (id) => document.getElementById(id);
 const format = (value) => (value === null || value === undefined ? "unknown" : Number(value.toPrecision(3)).toString());
 const whole = (value) => (value === null || value === undefined ? "unknown" : value.toLocaleString("en"));
@@ -59,7 +60,8 @@ function address(run, side, latent) {
 function neighbours(run, side, latent) {
   // An edge is [output, input, mean |J|, mean J, count], and edges come strongest first.
   const [own, other] = side === "output" ? [0, 1] : [1, 0];
-  return run.edges.filter((edge) => edge[own] === latent).map((edge) => ({ latent: edge[other], edge }));
+  const found = run.edges.filter((edge) => edge[own] === latent).slice(0, EDGES_SHOWN);
+  return found.map((edge) => ({ latent: edge[other], edge }));
 }
 
 function latentsOf(run, side, order) {
@@ -146,6 +148,9 @@ function showLatent(number, side, latent) {
       element("b", { text: "Explanation: " }), (score.explanation ?? "none") + suffix));
   }
   const rows = edgeRows(number, side, latent);
+  if (side === "output" && !run.outputs.includes(latent)) {
+    parts.push(element("p", { class: "note", text: "It is not among the strongest output latents: stronger edges of it may be left out." }));
+  }
   parts.push(element("h3", { text: side === "output" ? "Input latents it depends on" : "Output latents it feeds" }));
   if (rows.length) {
     parts.push(element("p", { class: "note", text: "Upper bar: mean |J|. Lower bar, striped: mean J, blue where positive, orange where negative." }));
