@@ -98,7 +98,11 @@ def read_judged(path: Path) -> Judged:
         with safe_open(str(groups), framework="pt") as file:
             names = json.loads(file.metadata()["figures"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no dict
-        replicates = dict(zip(names, tensors["replicates"].T, strict=True))
+        replicates = {
+            figure: column
+            for tensor, figures in names.items()
+            for figure, column in zip(figures, tensors[tensor].T, strict=True)
+        }
         return Judged(record["name"], path, record, replicates, tensors["fine_histograms"], tensors["entries"])
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise UserError(
@@ -116,8 +120,9 @@ def is_paired(a: Judged, b: Judged) -> bool:
 def difference(a: Judged, b: Judged, key: str) -> Figure:
     """Return a's figure less b's, with the standard error of the difference: paired where that is possible."""
     mean = a.figure(key).mean - b.figure(key).mean
-    if is_paired(a, b) and key in a.replicates and key in b.replicates:
-        return Figure(mean, standard_error(a.replicates[key] - b.replicates[key]))
+    ours, theirs = a.replicates.get(key), b.replicates.get(key)
+    if is_paired(a, b) and ours is not None and theirs is not None and len(ours) == len(theirs):
+        return Figure(mean, standard_error(ours - theirs))
     return Figure(mean, math.hypot(a.figure(key).standard_error, b.figure(key).standard_error))
 
 

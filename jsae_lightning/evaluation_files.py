@@ -21,8 +21,8 @@ def write_evaluation(folder: Path, record: dict[str, Any], result: PartResult) -
     """Write everything to a folder that exists.
 
     `record` is what `eval.json` says of the pair and the evaluation, without figures and curves, which are added.
-    `groups.safetensors` has what the comparison of two pairs needs: `replicates` (groups, figures), float64, the
-    figures' names being in its metadata, and, for the Jacobian at the trained setting, `fine_histograms` (groups, bins)
+    `groups.safetensors` has what the comparison of two pairs needs: for each number of
+    groups `replicates_<groups>` (groups, figures), float64, the figures' names being in the metadata, and, for the Jacobian at the trained setting, `fine_histograms` (groups, bins)
     and `entries` (groups,); see `fine_histogram`.
     """
     from safetensors.torch import save_file
@@ -32,10 +32,11 @@ def write_evaluation(folder: Path, record: dict[str, Any], result: PartResult) -
     (folder / EVAL_JSON).write_text(text, encoding="utf-8")
     (folder / "eval.md").write_text(evaluation_markdown(record), encoding="utf-8")
     save_file({name: tensor.contiguous() for name, tensor in result.arrays.items()}, folder / "arrays.safetensors")
-    names = list(result.replicates)
-    groups = dict(result.groups)
-    if names:
-        groups["replicates"] = torch.stack([result.replicates[name] for name in names], dim=1)
+    groups, names = dict(result.groups), {}
+    for size in sorted({len(values) for values in result.replicates.values()}):  # parts judge different tokens
+        names[f"replicates_{size}"] = [name for name, values in result.replicates.items() if len(values) == size]
+        columns = [result.replicates[name] for name in names[f"replicates_{size}"]]
+        groups[f"replicates_{size}"] = torch.stack(columns, dim=1)
     metadata = {"figures": json.dumps(names)}
     save_file({name: tensor.contiguous() for name, tensor in groups.items()}, folder / "groups.safetensors", metadata)
     _write_tensorboard(folder / "tensorboard", result.figures)
