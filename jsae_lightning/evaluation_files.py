@@ -21,9 +21,9 @@ def write_evaluation(folder: Path, record: dict[str, Any], result: PartResult) -
     """Write everything to a folder that exists.
 
     `record` is what `eval.json` says of the pair and the evaluation, without figures and curves, which are added.
-    `groups.safetensors` has what the comparison of two pairs needs: for each number of
-    groups `replicates_<groups>` (groups, figures), float64, the figures' names being in the metadata, and, for the Jacobian at the trained setting, `fine_histograms` (groups, bins)
-    and `entries` (groups,); see `fine_histogram`.
+    `groups.safetensors` has what the comparison of two pairs needs: for each number of groups, as parts judge different
+    tokens, `replicates_<groups>` (groups, figures), float64, the figures' names being in the metadata; and, for the
+    Jacobian at the trained setting, `fine_histograms` (groups, bins) and `entries` (groups,); see `fine_histogram`.
     """
     from safetensors.torch import save_file
 
