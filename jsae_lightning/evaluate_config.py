@@ -149,8 +149,10 @@ def chosen_settings(overrides: Sequence[str], cfg: DictConfig) -> dict[str, Any]
 
 
 def parts(cfg: DictConfig) -> list[str]:
-    """Return the parts to run, in their own order."""
-    return [name for name in PARTS if cfg.eval.parts is None or name in cfg.eval.parts]
+    """Return the parts to run, in their own order: those asked for, or all that make sense for the model."""
+    if cfg.eval.parts is not None:
+        return [name for name in PARTS if name in cfg.eval.parts]
+    return [name for name in PARTS if name != "ground_truth" or cfg.model.synthetic is not None]
 
 
 def _check(cfg: DictConfig) -> None:
@@ -166,6 +168,11 @@ def _check(cfg: DictConfig) -> None:
     for name in cfg.eval.parts or ():
         if name not in PARTS:
             raise UserError(f"eval.parts: '{name}' is not known: choose among {', '.join(PARTS)}")
+    if "ground_truth" in (cfg.eval.parts or ()) and cfg.model.synthetic is None:
+        raise UserError(
+            f"eval.parts: ground_truth needs a known graph, but the model is {cfg.model.path or cfg.model.name}: "
+            "leave it out"
+        )
     if cfg.eval.parts is not None and not len(cfg.eval.parts):
         raise UserError(f"eval.parts: [] measures nothing: choose among {', '.join(PARTS)}, or give null for all")
     check_data(cfg)

@@ -72,10 +72,23 @@ def test_the_files_of_an_evaluation(judged, finished):
     assert (evaluation["sequences"], evaluation["tokens"], evaluation["jacobian_tokens"]) == (16, 256, 256)
     assert evaluation["groups"] == min(50, evaluation["documents"]) > 2
     assert (evaluation["at"], evaluation["other_at"], evaluation["ranks"]) == ("input", "reconstruction", 1)
-    assert evaluation["parts"] == ["figures"]
+    assert evaluation["parts"] == ["figures", "fidelity", "graph"]
     assert evaluation["seconds"]["figures"] > 0
     assert evaluation["peak_bytes"] > 10e6
-    assert all(figure["standard_error"] >= 0 for figure in record["figures"].values())
+    errors = {key: figure["standard_error"] for key, figure in record["figures"].items()}
+    assert all(
+        error is not None and error >= 0 for key, error in errors.items() if key.startswith(("val/", "jacobian"))
+    )
+    assert {key.split("/")[0] for key in errors} == {
+        "val",
+        "jacobian",
+        "jacobian_at_reconstruction",
+        "fidelity",
+        "graph",
+    }
+    assert set(record["curves"]) >= {"edge_kl/contribution", "edge_ce/random"}
+    for name in ("edges.parquet", "latents.parquet", "graph.graphml", "contexts.jsonl", "edge_contexts.jsonl"):
+        assert (judged.parent / "graph" / name).stat().st_size > 0
     assert record["figures"]["jacobian/effective_edges"]["standard_error"] > 0
     arrays = load_file(judged.parent / "arrays.safetensors")
     assert arrays.keys() >= ARRAYS
@@ -153,7 +166,7 @@ def test_other_data_keep_the_context_of_training(copy, tmp_path):
 
 
 def test_one_document_has_no_standard_error(copy):
-    record = read(evaluate_folder(copy, ["eval.groups=1", "eval.tokens=16"]))
+    record = read(evaluate_folder(copy, ["eval.groups=1", "eval.tokens=16", "eval.parts=[figures]"]))
     assert {figure["standard_error"] for figure in record["figures"].values()} == {None}
     assert math.isfinite(record["figures"]["val/mse_input"]["mean"])
     assert "+- " not in (copy / "eval" / "eval.md").read_text().split("## The two SAEs")[1]

@@ -84,12 +84,14 @@ def make_plan(held_out: HeldOut, groups: Int[Tensor, "sequences seq"], tokens: i
         raise UserError(f"jacobian.at: '{held_out.at}' is not known: choose one of {', '.join(JACOBIAN_AT)}")
     for name, number in (("tokens", tokens), ("curve_sequences", curve_sequences)):
         if number < 1:
-            raise UserError(f"fidelity.{name}: {number} is below 1: give at least 1, or leave this part out")
+            raise UserError(
+                f"fidelity.{name}: {number} is below 1: give at least 1, or leave this part out (eval.parts)"
+            )
     usable = held_out.included.any(dim=1).nonzero()[:, 0].tolist()
     if len(usable) < 2:
         raise UserError(
             f"data: {len(usable)} held-out sequences have included positions: fidelity needs 2 or more, some for the "
-            "graph's means and others for the curves"
+            "graph's means and others for the curves: judge more tokens, or leave it out by eval.parts=[figures,graph]"
         )
     for_curves = [usable[index] for index in spread(len(usable), min(curve_sequences, len(usable) // 2))]
     taken = set(for_curves)
