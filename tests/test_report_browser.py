@@ -78,6 +78,7 @@ def test_loads_from_a_file_without_errors_and_asks_for_nothing(driver, pages, na
     assert requested(driver) == [pages[name].as_uri()]
     assert driver.execute_script("return document.querySelectorAll('figure svg').length") >= 15
     assert driver.execute_script("return window.hacked === undefined")
+    assert driver.execute_script("return window.scrollY") == 0, "the page opens at its top"
 
 
 def test_hostile_texts_are_shown_as_they_are(driver, pages):

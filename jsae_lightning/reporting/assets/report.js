@@ -84,8 +84,11 @@ function showList(number, side, latent) {
     element("a", { href: address(number, side, row.latent), "aria-current": row.latent === latent ? "true" : null },
       element("b", { text: `${side} ${row.latent}` }),
       element("span", { text: order === "count" ? `${whole(row.count)} tokens` : format(row.strength) })));
-  byId("latent-list").replaceChildren(...links);
-  byId("latent-list").querySelector("[aria-current]")?.scrollIntoView({ block: "nearest" });
+  const list = byId("latent-list");
+  list.replaceChildren(...links);
+  // Within the list alone: scrollIntoView would move the page too.
+  const current = list.querySelector("[aria-current]");
+  if (current) list.scrollTop += current.getBoundingClientRect().top - list.getBoundingClientRect().top - list.clientHeight / 2;
 }
 
 function bar(share, kind) {
