@@ -249,12 +249,12 @@ class _Writer:
 def load_held_out(run: Path, overrides: list[str]) -> HeldOut:
     """Return the held-out tokens, model and pair of a run, as `jsae-eval RUN` loads them."""
     from jsae_lightning.checkpoint import find_export, read_pair_config
-    from jsae_lightning.evaluate import _prepare
     from jsae_lightning.evaluate_config import compose_evaluation
+    from jsae_lightning.evaluation_setup import prepare_held_out
 
     export = find_export(run)
     pair_config = read_pair_config(export)
-    return _prepare(compose_evaluation(run, pair_config, overrides, ()), export, pair_config).held_out
+    return prepare_held_out(compose_evaluation(run, pair_config, overrides, ()), export, pair_config).held_out
 
 
 def main() -> None:

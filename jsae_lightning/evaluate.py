@@ -20,16 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
-
 from jsae_lightning.atomic_files import atomic_folder
-from jsae_lightning.config import config_dir, model_arguments
+from jsae_lightning.config import config_dir
 from jsae_lightning.errors import UserError
 from jsae_lightning.evaluate_config import (
     chosen_settings,
     compose_evaluation,
     data_settings,
-    held_out_sequences,
     parts,
     settings,
 )
@@ -41,7 +38,6 @@ if TYPE_CHECKING:
     import torch
 
     from jsae_lightning.held_out import HeldOut
-    from jsae_lightning.jacobians import EdgePenalty
 
 PROGRAM = "jsae-eval"
 log = logging.getLogger(__name__)
@@ -105,6 +101,7 @@ def evaluate(
     from jsae_lightning.distributed import rank_and_world_size
     from jsae_lightning.evaluation_files import EVAL_JSON, check_output, write_evaluation
     from jsae_lightning.evaluation_parts import Task, merge, run_part
+    from jsae_lightning.evaluation_setup import prepare_held_out
     from jsae_lightning.jackknife import document_groups
 
     folder = Path(folder)
@@ -113,7 +110,7 @@ def evaluate(
     cfg = compose_evaluation(folder, pair_config, overrides, config_dirs)
     target = Path(out or cfg.eval.out or folder / "eval")
     check_output(target)
-    prepared = _prepare(cfg, export, pair_config)
+    prepared = prepare_held_out(cfg, export, pair_config)
     held_out = prepared.held_out
     groups = document_groups(held_out.document, cfg.eval.groups)
     results, seconds = {}, {}
@@ -168,88 +165,6 @@ def show(texts: Sequence[str]) -> None:
     encoding = sys.stdout.encoding or "utf-8"
     for text in texts:
         print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    held_out: "HeldOut"
-    penalty: "EdgePenalty"
-    device: "torch.device"
-    remark: str | None
-
-
-def _prepare(cfg: DictConfig, export: Path, pair_config: dict[str, Any]) -> _Prepared:
-    """Load tokens, language model and pair on this rank's device, by the path of training."""
-    import torch
-    import torch.distributed as dist
-
-    from jsae_lightning import kernels
-    from jsae_lightning.architecture import read_architecture
-    from jsae_lightning.building import quiet_libraries
-    from jsae_lightning.checkpoint import check_mlp_hash, load_pair
-    from jsae_lightning.data import MAX_CONTEXT_LENGTH, ActivationDataModule
-    from jsae_lightning.distributed import rank_and_world_size
-    from jsae_lightning.held_out import HeldOut
-    from jsae_lightning.jacobians import edge_penalty
-    from jsae_lightning.penalties import make_penalty
-
-    quiet_libraries()
-    rank, world_size = rank_and_world_size()
-    device = _device(cfg.device)
-    if cfg.num_threads is not None:
-        torch.set_num_threads(cfg.num_threads)
-    kernels.select_kernels(cfg.kernels)
-    pair = load_pair(export, device=device)
-    model = model_arguments(cfg)
-    architecture = read_architecture(model["name_or_path"], revision=model["revision"], synthetic=model["synthetic"])
-    length = cfg.data.context_length or min(architecture.context_length, MAX_CONTEXT_LENGTH)
-    sequences, remark = held_out_sequences(cfg, pair_config, length)
-    data = ActivationDataModule(
-        model=model_arguments(cfg),
-        data=data_settings(cfg) | {"val_sequences": sequences},
-        seed=cfg.seed,
-        num_batches=1,
-        micro_batches=1,
-        device=device,
-    )
-    if rank == 0:
-        data.prepare_data()
-    if world_size > 1:
-        dist.barrier()
-    data.setup()
-    check_mlp_hash(data.frozen_mlp, pair_config["model"])
-    if len(data.val_tokens) < sequences and cfg.eval.tokens is not None and remark is None:
-        remark = (
-            f"eval.tokens: {int(cfg.eval.tokens):,} asked for, but only {data.val_tokens.numel():,} are held out: "
-            "all of them are used"
-        )
-    if remark is not None and rank == 0:
-        log.warning(remark)
-    log.info(
-        "%s: judging %s tokens of %d held-out sequences",
-        data.where,
-        f"{data.val_tokens.numel():,}",
-        len(data.val_tokens),
-    )
-    included = data.included(data.val_tokens).clone()
-    if cfg.eval.exclude_first_position:
-        included[:, 0] = False
-    trained = pair_config["jacobian"]
-    held_out = HeldOut(
-        pair=pair,
-        mlp=data.frozen_mlp,
-        language_model=data.language_model,
-        tokens=data.val_tokens,
-        included=included,
-        document=data.val_documents(),
-        at=trained["at"],
-        batch_sequences=cfg.eval.batch_sequences,
-        seed=cfg.seed,
-        tokenizer=data.tokenizer,
-    )
-    penalty = make_penalty(trained["penalty"], **trained["params"])
-    # Exports of versions that knew no other edges do not say which they penalised.
-    return _Prepared(held_out, edge_penalty(penalty, trained.get("edges", "jacobian")), device, remark)
 
 
 def _record(folder: Path, pair_config: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, Any]:
@@ -318,16 +233,6 @@ def _tokens_hash(held_out: "HeldOut", groups: "torch.Tensor", jacobian_tokens: i
     return digest.hexdigest()
 
 
-def _device(name: str) -> "torch.device":
-    import torch
-
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: cuda, but torch sees no CUDA device: use device=cpu")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-
-
 @contextmanager
 def _ranks() -> Iterator[None]:
     """Join the process group of `torchrun`, if that has started several processes, and set up logging."""
@@ -342,8 +247,10 @@ def _ranks() -> Iterator[None]:
     import torch
     import torch.distributed as dist
 
+    from jsae_lightning.evaluation_setup import choose_device
+
     if torch.cuda.is_available():
-        torch.cuda.set_device(_device("auto"))
+        torch.cuda.set_device(choose_device("auto"))
     # Sums are float64 on the device of the pair; objects and barriers travel over gloo.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:

@@ -91,6 +91,7 @@ def test_by_hand(tmp_path):
         indices_in=torch.tensor([[0, 1], [0, 1]]),
         active_out=torch.tensor([[True, True], [True, False]]),
         active_in=torch.tensor([[True, True], [True, False]]),
+        activations_in=torch.tensor([[1.0, 2.0], [3.0, 0.0]], dtype=torch.float64),
     )
     edges = EdgeAccumulator(2, 3, tmp_path / "runs")
     edges.add(result)

@@ -14,7 +14,7 @@ from jsae_lightning.fine_histogram import counts_above
 from jsae_lightning.grouped_evaluation import evaluate_groups, group_sums, heat_maps, spaced
 from jsae_lightning.held_out import HeldOut
 from jsae_lightning.jackknife import document_groups
-from jsae_lightning.jacobians import jacobian
+from jsae_lightning.jacobians import edge_penalty, jacobian
 from jsae_lightning.metrics import add_sums
 from jsae_lightning.penalties import make_penalty
 from jsae_lightning.splicing import splice_sums, splice_sums_of
@@ -28,7 +28,7 @@ HELD_OUT = HeldOut(
     document=DOCUMENT, at="input", batch_sequences=2, seed=0,
 )  # fmt: skip
 GROUPS = document_groups(DOCUMENT, 5)
-L1 = make_penalty("l1")
+L1 = edge_penalty(make_penalty("l1"), "jacobian")
 
 
 def evaluate(held_out=HELD_OUT, groups=GROUPS, jacobian_tokens=None, penalty=L1):
