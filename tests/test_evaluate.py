@@ -137,7 +137,7 @@ def test_results_are_used_again_unless_something_else_is_asked_for(copy):
 
 
 def test_more_tokens_than_are_held_out(copy, caplog):
-    record = read(evaluate_folder(copy, ["eval.tokens=2e4", "eval.batch_sequences=64"]))
+    record = read(evaluate_folder(copy, ["eval.tokens=2e4", "eval.batch_sequences=64", "eval.parts=[figures]"]))
     sequences = record["evaluation"]["sequences"]
     assert 16 < sequences < 1000
     assert "all of them are used" in record["evaluation"]["remark"]
