@@ -44,6 +44,8 @@ class Point:
     """Its name, with what else sets its penalty apart from the default settings."""
     coef: float
     metrics: dict[str, float]
+    setting: dict[str, Any]
+    """What must be the same for all: the MLP, the widths and k, the tokens seen."""
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -78,6 +80,7 @@ def read_points(folders: Sequence[str | Path]) -> list[Point]:
         points += [point for job in find_jobs(folder) if (point := _read_point(job.folder, job.name)) is not None]
     if not points:
         raise UserError(f"{folders[0]}: no finished run in it (metrics.json and sae_pair/): let a sweep end first")
+    _check_alike(points)
     return points
 
 
@@ -196,7 +199,23 @@ def _read_point(folder: Path, name: str) -> Point | None:
     if not isinstance(metrics, dict) or "jacobian" not in config:
         return None
     numbers = {key: float(value) for key, value in metrics.items() if isinstance(value, int | float)}
-    return Point(name, _penalty_name(config["jacobian"]), float(config["jacobian"]["coef"]), numbers)
+    setting = {"model.mlp_hash": config.get("model", {}).get("mlp_hash"), "tokens_seen": config.get("tokens_seen")}
+    setting |= {
+        f"{sae}.{key}": config.get(sae, {}).get(key) for sae in ("input_sae", "output_sae") for key in ("d_sae", "k")
+    }
+    return Point(name, _penalty_name(config["jacobian"]), float(config["jacobian"]["coef"]), numbers, setting)
+
+
+def _check_alike(points: Sequence[Point]) -> None:
+    """Refuse runs whose explained variance and edges cannot be compared."""
+    first = points[0]
+    for point in points[1:]:
+        for key, value in first.setting.items():
+            if point.setting[key] != value:
+                raise UserError(
+                    f"{point.name}: {key} is {point.setting[key]}, but {value} in {first.name}: give folders of runs that "
+                    "share their MLP, widths, k and number of tokens"
+                )
 
 
 def _penalty_name(jacobian: dict[str, Any]) -> str:

@@ -39,10 +39,10 @@ def test_edges_between_two_points_and_beyond_them():
 
 def test_what_is_lost_is_the_worse_of_the_two_saes_against_the_mean_baseline():
     points = [
-        Point("a", "l1", 0.0, _metrics(0.90, 0.80, 100)),
-        Point("b", "l1", 0.0, _metrics(0.92, 0.82, 104)),
-        Point("c", "l1", 1.0, _metrics(0.90, 0.75, 50)),
-        Point("d", "hoyer", 1.0, _metrics(0.95, 0.85, 50)),
+        Point("a", "l1", 0.0, _metrics(0.90, 0.80, 100), {}),
+        Point("b", "l1", 0.0, _metrics(0.92, 0.82, 104), {}),
+        Point("c", "l1", 1.0, _metrics(0.90, 0.75, 50), {}),
+        Point("d", "hoyer", 1.0, _metrics(0.95, 0.85, 50), {}),
     ]
     baseline, penalties = split_baseline(points)
     assert baseline["jacobian/effective_edges"] == 102
@@ -53,7 +53,7 @@ def test_what_is_lost_is_the_worse_of_the_two_saes_against_the_mean_baseline():
 
 def test_without_a_baseline_there_is_nothing_to_lose():
     with pytest.raises(UserError, match=r"jacobian\.coef=0"):
-        split_baseline([Point("c", "l1", 1.0, _metrics(0.9, 0.8, 50))])
+        split_baseline([Point("c", "l1", 1.0, _metrics(0.9, 0.8, 50), {})])
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def sweep(tmp_path):
         (folder / ".hydra").mkdir(parents=True)
         (folder / ".hydra" / "overrides.yaml").write_text("[]\n")
         (folder / "sae_pair").mkdir()
-        (folder / "sae_pair" / "config.json").write_text(json.dumps({"jacobian": jacobian}))
+        (folder / "sae_pair" / "config.json").write_text(json.dumps({"jacobian": jacobian, "model": {"mlp_hash": "a"}}))
         (folder / "metrics.json").write_text(json.dumps(metrics))
     (tmp_path / "4" / ".hydra").mkdir(parents=True)  # a job that has not ended
     (tmp_path / "4" / ".hydra" / "overrides.yaml").write_text("[]\n")
@@ -88,6 +88,13 @@ def test_a_sweep_is_read_and_ranked_by_edges_at_the_allowed_loss(sweep):
     ]
     assert "25.0 (4.00x)" in lines[3]
     assert "90.0 (1.11x)" in lines[4]
+
+
+def test_runs_of_two_models_are_not_mixed(sweep):
+    config = sweep / "2" / "sae_pair" / "config.json"
+    config.write_text(config.read_text().replace('"mlp_hash": "a"', '"mlp_hash": "b"'))
+    with pytest.raises(UserError, match=r"2: model\.mlp_hash is b, but a in 0"):
+        read_points([sweep])
 
 
 def test_the_command_writes_table_and_figures(sweep, monkeypatch, capsys):
