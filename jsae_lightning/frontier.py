@@ -213,8 +213,8 @@ def _check_alike(points: Sequence[Point]) -> None:
         for key, value in first.setting.items():
             if point.setting[key] != value:
                 raise UserError(
-                    f"{point.name}: {key} is {point.setting[key]}, but {value} in {first.name}: give folders of runs that "
-                    "share their MLP, widths, k and number of tokens"
+                    f"{point.name}: {key} is {point.setting[key]}, but {value} in {first.name}: give folders of "
+                    "runs that share their MLP, widths, k and number of tokens"
                 )
 
 
