@@ -204,7 +204,7 @@ def compare(judged: Sequence[Judged]) -> tuple[dict[str, Any], list[ShrinkMatche
     Every pair with a penalty is matched with its baseline, every one on a trained model with its like on random
     weights.
     """
-    from jsae_lightning.comparison_findings import all_findings
+    from jsae_lightning.comparison_findings import all_findings, verdict_of
     from jsae_lightning.evaluation_files import figures_to_json, finite
 
     judged = distinct_names(judged)
@@ -239,8 +239,13 @@ def compare(judged: Sequence[Judged]) -> tuple[dict[str, Any], list[ShrinkMatche
         }
         for entry in matched
     ]
-    findings = all_findings(judged, matched)
-    record = {"format_version": FORMAT_VERSION, "runs": runs, "shrink_matched": entries, "findings": findings}
+    record = {
+        "format_version": FORMAT_VERSION,
+        "runs": runs,
+        "shrink_matched": entries,
+        "verdicts": [verdict_of(entry) for entry in matched],
+        "findings": all_findings(judged, matched),
+    }
     return finite(record), matched
 
 

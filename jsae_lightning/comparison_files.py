@@ -77,7 +77,8 @@ def write_comparison(folder: Path, judged: Sequence[Judged]) -> str:
 
 def comparison_markdown(record: dict[str, Any], judged: Sequence[Judged], matched: Sequence[ShrinkMatched]) -> str:
     """Return the content of `comparison.md`: findings, the pairs side by side, shrink-matched pairs."""
-    lines = ["# Comparison", "", *(f"* {finding}" for finding in record["findings"]), ""]
+    lines = ["# Comparison", "", *(f"* **{verdict}**" for verdict in record["verdicts"]), "", "## Findings", ""]
+    lines += [*(f"* {finding}" for finding in record["findings"]), ""]
     lines += ["## Pairs", "", "+- is the standard error over documents.", ""]
     rows = [[label, *(cell(run.record["figures"], key, form) for run in judged)] for label, key, form in _ROWS]
     kinds = [["kind", *(_kind(run) for run in judged)]]

@@ -55,9 +55,9 @@ def findings_of(entry: ShrinkMatched) -> list[str]:
         )
     ]
     lines += [_share_finding(entry, key, what) for key in _SHARES if key in entry.figures]
-    verdicts = [_measure(run, baseline, measure) for measure in _MEASURES]
-    lines.append(f"{run.name}, scale-free: " + "; ".join(text for text, _ in verdicts) + ".")
-    lines.append(_verdict([direction for _, direction in verdicts], run, baseline, is_control))
+    measures = [_measure(run, baseline, measure)[0] for measure in _MEASURES]
+    lines.append(f"{run.name}, scale-free: " + "; ".join(measures) + ".")
+    lines.append(verdict_of(entry))
     if not is_control:
         costs = [
             f"{label} {_number(run.figure(key).mean, '.4f')} against {_number(baseline.figure(key).mean, '.4f')} "
@@ -66,6 +66,13 @@ def findings_of(entry: ShrinkMatched) -> list[str]:
         ]
         lines.append(f"{run.name}, cost: " + "; ".join(costs) + ".")
     return lines
+
+
+def verdict_of(entry: ShrinkMatched) -> str:
+    """Return the sentence that says whether one pair is sparser than the other beyond shrinkage."""
+    run, baseline = entry.run, entry.baseline
+    directions = [_measure(run, baseline, measure)[1] for measure in _MEASURES]
+    return _verdict(directions, run, baseline, run.weights != baseline.weights)
 
 
 def direction(change: Figure) -> int:

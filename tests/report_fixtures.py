@@ -270,6 +270,7 @@ def make_sweep(folder: Path, coefs: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0)) ->
         "runs": runs,
         "baseline": {"1": "0"},
         "shrink_matched": [{"run": "1", "baseline": "0", "scale": 0.4, "figures": shrunk}],
+        "verdicts": ["1 is sparser than 0 beyond shrinkage."],
         "findings": ["1 has 20 % fewer effective edges than 0: more than shrinkage."],
     }
     (folder / "comparison").mkdir()

@@ -105,6 +105,8 @@ def test_really_sparser(judge):
     verdict = f"run is sparser than base beyond shrinkage (effective edges {edges:+.1f} %; 4 of 4 scale-free measures "
     assert edges < -30
     assert any(line.startswith(verdict) for line in record["findings"])
+    assert len(record["verdicts"]) == len(record["shrink_matched"])
+    assert all(line in record["findings"] for line in record["verdicts"])
     key = "jacobian/share_above_0.01"
     assert matched.remaining[key].mean < -2 * matched.remaining[key].standard_error
     (line,) = [line for line in record["findings"] if "share of |J| > 0.01" in line]

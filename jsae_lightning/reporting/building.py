@@ -118,7 +118,10 @@ def _summary(runs: Sequence[Judged], found: Found, comparison: Comparison | None
     alone = len(runs) == 1
     body = tables.header_list(runs[0]) if alone else ""
     if comparison is not None and comparison.findings:
-        body += f'<h3>Findings</h3><div class="findings">{sentences(comparison.findings)}</div>'
+        verdicts, findings = map(sentences, (comparison.verdicts, comparison.findings))
+        body += f'<h3>Findings</h3><div class="findings">{verdicts}'
+        body += f"<details><summary>The numbers behind it: {len(comparison.findings)} findings</summary>{findings}"
+        body += "</details></div>"
     body += tables.headline_table(runs[0]) if alone else tables.runs_table(runs, varying(runs))
     body += '<p class="note">± is one standard error over documents. EV: explained variance. CE score: 1 if the '
     body += "language model's loss is unchanged, 0 if it is that of the MLP set to zero.</p>"

@@ -88,7 +88,10 @@ class Judged:
 class Comparison:
     """What `comparison.json` says: sentences, and the shrink-matched baselines."""
 
+    verdicts: list[str]
+    """Which pair is sparser than which beyond shrinkage."""
     findings: list[str]
+    """The numbers behind the verdicts."""
     shrink_matched: list[dict[str, Any]]
     runs: dict[str, dict[str, Any]]
     """By the name that it gives them."""
@@ -189,12 +192,14 @@ def read_comparison(path: Path | None) -> Comparison | None:
     if path is None:
         return None
     content = _read_object(path)
-    findings = [str(text) for text in content.get("findings") or [] if str(text).strip()]
+    verdicts, findings = (
+        [str(text) for text in content.get(key) or [] if str(text).strip()] for key in ("verdicts", "findings")
+    )
     shrunk = [item for item in content.get("shrink_matched") or [] if isinstance(item, dict)]
     for item in shrunk:
         item["figures"] = _figures(_dict(item.get("figures")))
     runs = {str(item.get("name")): item for item in content.get("runs") or [] if isinstance(item, dict)}
-    return Comparison(findings, shrunk, runs)
+    return Comparison(verdicts, [text for text in findings if text not in verdicts], shrunk, runs)
 
 
 def read_json_lines(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
