@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from typing import Any
 from jsae_lightning.errors import UserError
 from jsae_lightning.reporting.readers import Judged, read_json_lines
 from jsae_lightning.result_files import markdown_table
+
+# tqdm looks for notebook widgets, which nothing here shows.
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 PEAK = 6
 """Tokens shown before and after a context's peak."""
