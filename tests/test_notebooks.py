@@ -6,12 +6,21 @@ import shutil
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
+import torch
 from nbclient import NotebookClient
 
 from jsae_lightning.errors import UserError
+from jsae_lightning.ground_truth import GroundTruth
+from jsae_lightning.jacobians import Jacobian
 from jsae_lightning.notebooks import example_text, figures_table, job_folders, train
+from jsae_lightning.reporting.figures_ground_truth import found_in_true_order, graph_matrices, precision_recall_curves
+from jsae_lightning.reporting.figures_sentence import sentence_heat_maps
 from jsae_lightning.reporting.readers import Judged, Number
+from jsae_lightning.reporting.style import to_png
+from jsae_lightning.synthetic.matching import match
+from jsae_lightning.synthetic.ranking import precision_recall
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "notebooks"
@@ -138,3 +147,50 @@ def test_table_has_errors_where_they_are_known(tmp_path):
     lines = figures_table({"run": run}, {"A": "a", "B": "b", "C": "c"}).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert cells[0] == ["", "run"] and cells[2:] == [["A", "0.25 ± 0.01"], ["B", "3"], ["C", "-"]]
+
+
+def known_truth():
+    """Two output features, three input features; latents are the features in another order, one input is missing."""
+    out, into = torch.eye(4).double()[:2], torch.eye(4).double()[:3]
+    found = torch.tensor([[5.0, 0.0], [7.0, 1.0]]).double()
+    true = torch.tensor([[1.0, 0.0, 2.0], [0.0, 3.0, 0.0]]).double()
+    is_true = torch.tensor([[True, False], [False, True]])
+    curve = precision_recall(found, is_true, 3)
+    figures = {"ground_truth/base_rate": 0.5}
+    return GroundTruth(figures, curve, found, true, match(into, into[[1, 0]].clone()), match(out, out[[1, 0]].clone()))
+
+
+def test_found_edges_stand_in_the_order_of_the_true_features():
+    # On both sides latent 1 stands for feature 0 and latent 0 for feature 1; nothing stands for input feature 2.
+    expected = np.array([[1.0, 7.0, np.nan], [0.0, 5.0, np.nan]])
+    np.testing.assert_array_equal(found_in_true_order(known_truth()), expected)
+
+
+def test_figures_of_the_truth_are_drawn():
+    truth = known_truth()
+    figure = graph_matrices(truth)
+    images = [axes.images[0].get_array() for axes in figure.axes[:2]]
+    assert float(images[0].max()) == float(np.nanmax(images[1])) == 1.0  # each over its own largest
+    figure = precision_recall_curves({"pair": truth})
+    curve, base = figure.axes[0].lines
+    np.testing.assert_allclose(curve.get_xdata(), truth.curve.recall)
+    np.testing.assert_allclose(curve.get_ydata(), truth.curve.precision)
+    assert list(base.get_ydata()) == [0.5, 0.5] and "0.39" in curve.get_label()  # (1/2 + 2/3) / 3
+
+
+def test_sentence_maps_are_named_sorted_and_free_of_scale():
+    values = torch.tensor([[[0.1, 0.0], [0.2, 0.4]], [[3.0, 1.0], [2.0, 1.0]]])
+    true, index = torch.ones(2, 2, dtype=torch.bool), torch.arange(2).expand(2, 2)
+    result = Jacobian(values, index, index, true, true, torch.ones(2, 2))
+    figure = sentence_heat_maps(result, [" a", "\n"])
+    shown = [axes for axes in figure.axes if axes.images][:2]
+    assert [axes.get_title() for axes in shown] == ["' a'", "'\\n'"]
+    # The row and the column of the largest entry come first; 0 is left blank.
+    np.testing.assert_allclose(shown[0].images[0].get_array().filled(np.nan), [[0.4, 0.2], [np.nan, 0.1]], rtol=1e-6)
+    assert to_png(figure).startswith(b"\x89PNG")
+    scaled = Jacobian(values * torch.tensor([10.0, 0.1])[:, None, None], index, index, true, true, torch.ones(2, 2))
+    maps = [
+        [axes.images[0].get_array().filled(0) for axes in sentence_heat_maps(one, ["a", "b"], normalized=True).axes[:2]]
+        for one in (result, scaled)
+    ]
+    np.testing.assert_allclose(maps[0], maps[1], rtol=1e-6)
