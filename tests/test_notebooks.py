@@ -88,7 +88,7 @@ def test_quickstart(tmp_path, monkeypatch):
     text = texts(outputs)
     assert len(images(outputs)) == 2
     assert warnings_in(outputs) == []
-    assert "input SAE: 256 latents of 64 dimensions, 8 active" in text
+    assert "input SAE: 512 latents of 128 dimensions, 8 active" in text
     (tokens, *sizes) = map(int, re.search(r"\((\d+), (\d+), (\d+)\) \(tokens, output latents", text).groups())
     assert tokens > 4 and sizes == [8, 8]
     assert len(re.findall(r"input +\d+ -> output +\d+ +J [+-]\d", text)) == 5
