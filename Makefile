@@ -19,8 +19,8 @@ test-slow: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile -m slow $(ARGS)
 
 lint: $(VENV)/.installed-dev
-	$(VENV)/bin/ruff check jsae_lightning tests
-	$(VENV)/bin/ruff format --check jsae_lightning tests
+	$(VENV)/bin/ruff check jsae_lightning tests notebooks
+	$(VENV)/bin/ruff format --check jsae_lightning tests notebooks
 
 types: $(VENV)/.installed-dev
 	$(VENV)/bin/mypy

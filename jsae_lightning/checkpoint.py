@@ -5,7 +5,7 @@ import pickle
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from jsae_lightning.atomic_files import atomic_file, atomic_folder
 from jsae_lightning.errors import UserError
 from jsae_lightning.frozen_mlp import FrozenMLP
 from jsae_lightning.sae import SAEPair
+
+if TYPE_CHECKING:
+    from jsae_lightning.language_model import LanguageModel
 
 FORMAT_VERSION = 1
 _SAES = ("input_sae", "output_sae")
@@ -161,6 +164,28 @@ class Run:
     config: dict[str, Any]
     """`config.json` of the export: model, layer, hashes, penalty, tokens seen."""
     folder: Path
+
+    def language_model(self, *, device: str | torch.device = "cpu") -> "LanguageModel":
+        """Load the language model that the pair was trained on, hooked at its layer."""
+        from jsae_lightning.language_model import LanguageModel
+
+        model = self.config["model"]
+        return LanguageModel.load(
+            model["name"],
+            layer=model["layer"],
+            revision=model["revision"],
+            dtype=model["dtype"],
+            random_weights=model["random_weights"],
+            seed=model["random_seed"],
+            synthetic=model.get("synthetic"),
+            device=device,
+        )
+
+    def tokenizer(self) -> Any:
+        """Load the language model's tokenizer; a synthetic model has none."""
+        from jsae_lightning.language_model import load_tokenizer
+
+        return load_tokenizer(self.config["model"]["name"], revision=self.config["model"]["revision"])
 
 
 def load_run(folder: str | Path, *, device: str | torch.device = "cpu") -> Run:
