@@ -25,7 +25,7 @@ PACKAGE_DIR = Path(__file__).resolve().parent
 SOURCES = ("stdlib", "text", "jsonl", "parquet", "arrow", "hub")
 PENALTIES = (
     "l1", "l1_over_l2_batch", "l1_over_l2_token", "log", "l04", "exp", "tanh", "scad", "capped_l1", "kurtosis",
-    "hoyer", "l1_rows_l05", "hoyer_rows", "hoyer_token_rows", "l1_scaled",
+    "hoyer", "l1_rows_l05", "hoyer_rows", "hoyer_token_rows", "hoyer_l1", "l1_scaled",
 )  # fmt: skip
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "model.dtype": ("float32", "bfloat16", "float16"),

@@ -142,6 +142,17 @@ def hoyer_token_rows(values: Float[Tensor, "tokens k_out k_in"], *, row_weight: 
     return (1 - row_weight) * hoyer(values) + row_weight * hoyer_rows(values)
 
 
+def hoyer_l1(
+    values: Float[Tensor, "tokens k_out k_in"], *, row_weight: float = 0.5, l1_weight: float = 5.0
+) -> Float[Tensor, ""]:
+    """hoyer_token_rows + l1_weight * l1: sparser, and no larger. Not in the paper.
+
+    A scale-free penalty alone can be lowered by making the strong entries stronger, and a Jacobian whose entries grow
+    says less about the function around the token; L1 holds them down. Not scale-free: `l1_weight` is in units of 1/|J|.
+    """
+    return hoyer_token_rows(values, row_weight=row_weight) + l1_weight * l1(values)
+
+
 def l1_scaled(values: Float[Tensor, "tokens k_out k_in"]) -> Float[Tensor, ""]:
     """`l1_over_l2_token` with a detached scale: mean_ij |J_ij| / sqrt(mean_ij J_ij^2), no gradient of the denominator.
 
@@ -168,7 +179,7 @@ PENALTIES: dict[str, Callable[..., Float[Tensor, ""]]] = {
     function.__name__: function
     for function in (
         l1, l1_over_l2_batch, l1_over_l2_token, log, l04, exp, tanh, scad, capped_l1, kurtosis, hoyer, l1_rows_l05,
-        hoyer_rows, hoyer_token_rows, l1_scaled,
+        hoyer_rows, hoyer_token_rows, hoyer_l1, l1_scaled,
     )
 }  # fmt: skip
 
@@ -180,6 +191,7 @@ _RANGES = {
     ("scad", "a"): (2.0, math.inf),
     ("tanh", "power"): (1.0, math.inf),
     ("hoyer_token_rows", "row_weight"): (0.0, 1.0),
+    ("hoyer_l1", "row_weight"): (0.0, 1.0),
 }
 
 

@@ -14,7 +14,7 @@ J = torch.tensor([[[1.0, -3.0], [0.0, 0.2]], [[0.0, 0.0], [2.0, 0.0]]], dtype=to
 SMOOTHED = ("log", "l04", "l1_rows_l05")
 OURS = ("hoyer_rows", "hoyer_token_rows", "l1_scaled")
 SCALE_FREE = ("l1_over_l2_batch", "l1_over_l2_token", "kurtosis", "hoyer", *OURS)
-BY_ROW = ("l1_rows_l05", "hoyer_rows", "hoyer_token_rows")
+BY_ROW = ("l1_rows_l05", "hoyer_rows", "hoyer_token_rows", "hoyer_l1")
 EXACT = {"eps": 1e-300}  # switches the smoothing of powers off where a value is computed by hand
 
 
@@ -41,6 +41,7 @@ BY_HAND = {
     "hoyer_rows": ((4 / math.sqrt(10) - 1) / (math.sqrt(2) - 1) / 2 + 0) / 2,  # rows of one edge cost nothing
     "l1_scaled": (4.2 / 4 / math.sqrt(10.04 / 4) + 0.5) / 2,
 }
+BY_HAND["hoyer_l1"] = (BY_HAND["hoyer"] + BY_HAND["hoyer_rows"]) / 2 + 5 * BY_HAND["l1"]
 BY_HAND["hoyer_token_rows"] = (BY_HAND["hoyer"] + BY_HAND["hoyer_rows"]) / 2
 
 
