@@ -194,7 +194,7 @@ def test_a_penalty_chosen_on_the_command_line_brings_its_own_weight(experiment):
 
 def test_the_default_penalty_is_that_of_the_study_and_the_papers_sweeps_keep_the_papers():
     default = _compose([]).jacobian
-    assert (default.penalty, default.coef) == ("hoyer_token_rows", 0.05)
+    assert (default.penalty, default.coef) == ("hoyer_l1", 0.05)
     for experiment in ("sweep/lambda", "sweep/paper", "paper/pythia-70m"):
         assert _compose([f"experiment={experiment}"]).jacobian.penalty == "l1"
     assert _compose(["experiment=baseline/traditional"]).jacobian.coef == 0
