@@ -77,7 +77,7 @@ def run_figures(task: Task) -> PartResult:
     return PartResult(
         figures=found.figures,
         arrays=found.arrays | {"heatmap": maps, "heatmap_position": positions},
-        replicates=dict(zip(found.figures, found.replicates.T, strict=True)),
+        replicates=found.replicates,
         groups={"fine_histograms": _narrow(found.fine_histograms), "entries": found.entries},
     )
 
