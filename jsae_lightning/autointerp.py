@@ -39,7 +39,6 @@ from jsae_lightning.contexts import (
     TopContexts,
     Windows,
     context_record,
-    counted,
     rounded,
     window_values,
 )
@@ -48,6 +47,7 @@ from jsae_lightning.edge_accumulator import LatentStatistics
 from jsae_lightning.errors import UserError
 from jsae_lightning.graph import SIDES, latents_of, sequences_of
 from jsae_lightning.graph_files import write_jsonl
+from jsae_lightning.grouped_evaluation import spaced
 from jsae_lightning.held_out import HeldOut
 from jsae_lightning.interpretation_scores import load_scores, write_scores
 from jsae_lightning.launch import exit_codes
@@ -75,7 +75,7 @@ def export_autointerp(
         latents: so many of each side, drawn at random by `held_out.seed` among those that are ever active; None: all.
         examples: in each group of examples.
         quantiles: groups of activating examples beside the top ones.
-        tokens: use the first so many included tokens; None: all.
+        tokens: use so many of the included tokens, evenly spaced; None: all.
 
     Returns:
         The path of each side's file.
@@ -86,7 +86,7 @@ def export_autointerp(
     for name, number in (("latents", latents), ("examples", examples), ("quantiles", quantiles)):
         if number is not None and number < 1:
             raise UserError(f"{name}: {number} is too few: give 1 or more")
-    mask = counted(held_out.included, tokens)
+    mask = spaced(held_out.included, tokens)
     if not mask.any():
         raise UserError(f"data: none of the {held_out.tokens.numel()} held-out positions counts: exclude fewer of them")
     statistics, top, sample = _first_pass(held_out, mask, examples, quantiles)

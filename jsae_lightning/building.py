@@ -73,7 +73,8 @@ class Experiment:
 
     def export(self) -> None:
         """Write the pair to `sae_pair/`."""
-        remove_leftovers(self.folder)
+        for name in ("sae_pair", "metrics.json"):  # not those of an evaluation of the run, which may be going on
+            remove_leftovers(self.folder, name)
         save_pair(self.module.pair, self.folder / "sae_pair", metadata=self._metadata())
 
     def report(self, metrics: dict[str, float]) -> None:
@@ -99,6 +100,7 @@ class Experiment:
             },
             "jacobian": dict(self.module.hparams["jacobian"]),
             "data": to_dict(self.cfg.data),
+            "evaluation": {"exclude_first_position": self.cfg.eval.exclude_first_position},
             "tokens_seen": int(self.module.tokens_seen),
             "seed": self.cfg.seed,
             "versions": package_versions(),

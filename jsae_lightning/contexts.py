@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from jsae_lightning.distributed import all_reduce_sum, rank_and_world_size
@@ -219,10 +219,3 @@ def context_record(
 def rounded(values: list[float]) -> list[float]:
     """Return figures with 5 digits, which halves the files."""
     return [float(f"{value:.5g}") for value in values]
-
-
-def counted(included: Bool[Tensor, "sequences seq"], tokens: int | None) -> Bool[Tensor, "sequences seq"]:
-    """Return the mask of the first `tokens` included positions in reading order; None: all of them."""
-    if tokens is None:
-        return included
-    return included & (included.flatten().cumsum(0).view_as(included) <= tokens)

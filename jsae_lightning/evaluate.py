@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jsae_lightning.atomic_files import atomic_folder
+from jsae_lightning.atomic_files import atomic_folder, remove_stale_folders
 from jsae_lightning.config import config_dir
 from jsae_lightning.errors import UserError
 from jsae_lightning.evaluate_config import (
-    chosen_settings,
     compose_evaluation,
+    covers,
     data_settings,
     parts,
     settings,
@@ -64,7 +64,8 @@ def evaluate_folder(folder: str | Path, overrides: Sequence[str] = (), *, config
     """Return the path of a pair's `eval.json`, evaluating the pair if there is none or it was made otherwise.
 
     Results count as made otherwise if the pair's weights have changed since, or a key that the overrides name had
-    another value; without overrides, all results of the pair count.
+    another value (for `eval.parts`: if a part that is asked for is missing); without overrides, all results of the pair
+    count.
 
     Args:
         folder: of a run or an exported pair.
@@ -83,8 +84,7 @@ def evaluate_folder(folder: str | Path, overrides: Sequence[str] = (), *, config
     path = Path(cfg.eval.out or folder / "eval") / EVAL_JSON
     if path.is_file() and (path.parent / "groups.safetensors").is_file():
         earlier = read_record(path)["evaluation"]
-        same = all(earlier["settings"].get(key) == value for key, value in chosen_settings(overrides, cfg).items())
-        if same and earlier["pair_hash"] == _file_hash(export / "model.safetensors"):
+        if covers(earlier, overrides, cfg) and earlier["pair_hash"] == _file_hash(export / "model.safetensors"):
             return path
     return evaluate(folder, overrides, config_dirs=config_dirs)
 
@@ -100,7 +100,7 @@ def evaluate(
     from jsae_lightning.checkpoint import find_export, read_pair_config
     from jsae_lightning.distributed import rank_and_world_size
     from jsae_lightning.evaluation_files import EVAL_JSON, check_output, write_evaluation
-    from jsae_lightning.evaluation_parts import Task, merge, run_part
+    from jsae_lightning.evaluation_parts import Task, merge, run_part, runnable_parts
     from jsae_lightning.evaluation_setup import prepare_held_out
     from jsae_lightning.jackknife import document_groups
 
@@ -110,6 +110,8 @@ def evaluate(
     cfg = compose_evaluation(folder, pair_config, overrides, config_dirs)
     target = Path(out or cfg.eval.out or folder / "eval")
     check_output(target)
+    if is_rank_zero():
+        remove_stale_folders(target)
     prepared = prepare_held_out(cfg, export, pair_config)
     held_out = prepared.held_out
     groups = document_groups(held_out.document, cfg.eval.groups)
@@ -127,7 +129,10 @@ def evaluate(
             contexts=cfg.eval.contexts,
             top_edges=cfg.eval.top_edges,
         )
-        for name in parts(cfg):
+        names, left_out = runnable_parts(parts(cfg), task, are_chosen=cfg.eval.parts is not None)
+        if left_out is not None and is_rank_zero():
+            log.warning(left_out)
+        for name in names:
             start = time.monotonic()
             results[name] = run_part(name, task)
             seconds[name] = round(time.monotonic() - start, 3)
@@ -146,8 +151,8 @@ def evaluate(
                 "ranks": world_size,
                 "device": str(prepared.device),
                 "data": data_settings(cfg),
-                "parts": parts(cfg),
-                "remark": prepared.remark,
+                "parts": names,
+                "remark": "; ".join(filter(None, (prepared.remark, left_out))) or None,
                 "settings": settings(cfg),
                 "pair_hash": _file_hash(export / "model.safetensors"),
                 "tokens_hash": _tokens_hash(held_out, groups, limit),
@@ -212,12 +217,21 @@ def _results_folder(target: Path) -> Iterator[Path]:
 
 
 def _keep_explanations(target: Path, temporary: Path, pair_hash: str) -> None:
-    """Carry explanations of latents over to the new results of the same pair: others have paid for them."""
-    from jsae_lightning.evaluation_files import EVAL_JSON, read_record
+    """Carry explanations of latents over to the new results, unless they are known to be of another pair.
 
-    earlier = target / "autointerp"
-    if earlier.is_dir() and read_record(target / EVAL_JSON)["evaluation"]["pair_hash"] == pair_hash:
-        shutil.copytree(earlier, temporary / "autointerp", dirs_exist_ok=True)
+    Others have paid for them. They may have been made before any results, or the earlier results may be damaged.
+    """
+    from jsae_lightning.evaluation_files import EVAL_JSON, EXPLANATIONS, read_record
+
+    earlier = target / EXPLANATIONS
+    if not earlier.is_dir():
+        return
+    try:
+        explained = read_record(target / EVAL_JSON)["evaluation"]["pair_hash"]
+    except (UserError, KeyError, TypeError):
+        explained = pair_hash
+    if explained == pair_hash:
+        shutil.copytree(earlier, temporary / EXPLANATIONS, dirs_exist_ok=True)
 
 
 def _file_hash(path: Path) -> str:

@@ -21,13 +21,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from jsae_lightning import graph_files
-from jsae_lightning.contexts import TokenText, TopContexts, Windows, context_record, counted, rounded
+from jsae_lightning.contexts import TokenText, TopContexts, Windows, context_record, rounded
 from jsae_lightning.distributed import all_reduce_sum, rank_and_world_size
 from jsae_lightning.edge_accumulator import MAX_PAIRS, EdgeAccumulator, LatentStatistics, gather_on_first_rank
 from jsae_lightning.edge_contexts import EdgeContexts
 from jsae_lightning.errors import UserError
 from jsae_lightning.graph_files import GRAPHML_EDGES, load_graph, read_edges
 from jsae_lightning.graph_summary import FIGURES, GraphSummary, summarize_graph
+from jsae_lightning.grouped_evaluation import spaced
 from jsae_lightning.held_out import HeldOut
 from jsae_lightning.jacobians import JACOBIAN_AT, jacobian_from_latents, linearization_point
 from jsae_lightning.sae import Latents
@@ -64,7 +65,7 @@ def run_graph(
     Args:
         held_out: the pair, the model and the tokens; J is taken at `held_out.at`.
         folder: where `graph/` goes; with several ranks on a file system that they share.
-        tokens: use the first so many included tokens; None: all.
+        tokens: use so many of the included tokens, evenly spaced, as the Jacobian's figures do; None: all.
         top_edges: the edges with the largest sum of |J| over all tokens, so many, get contexts.
         contexts: sequences shown for each latent.
         edge_contexts: sequences shown for each top edge.
@@ -78,7 +79,7 @@ def run_graph(
     Raises:
         UserError: `held_out.at` is unknown, a number is below its minimum, no token is counted.
     """
-    mask = _check(held_out, tokens, top_edges=top_edges, contexts=contexts, edge_contexts=edge_contexts)
+    mask = check_graph(held_out, tokens, top_edges=top_edges, contexts=contexts, edge_contexts=edge_contexts)
     rank, _ = rank_and_world_size()
     pair, target = held_out.pair, folder / "graph"
     parts = target / ".parts"
@@ -106,13 +107,14 @@ def run_graph(
     return summary.figures
 
 
-def _check(held_out: HeldOut, tokens: int | None, **numbers: int) -> Bool[Tensor, "sequences seq"]:
+def check_graph(held_out: HeldOut, tokens: int | None, **numbers: int) -> Bool[Tensor, "sequences seq"]:
+    """Return the mask of the tokens that `run_graph` counts; arguments and errors are its own."""
     if held_out.at not in JACOBIAN_AT:
         raise UserError(f"jacobian.at: '{held_out.at}' is not known: choose one of {', '.join(JACOBIAN_AT)}")
     for name, number in numbers.items():
         if number < 1:
             raise UserError(f"{name}: {number} is too few: give 1 or more")
-    mask = counted(held_out.included, tokens)
+    mask = spaced(held_out.included, tokens)
     if not mask.any():
         raise UserError(f"data: none of the {held_out.tokens.numel()} held-out positions counts: exclude fewer of them")
     return mask

@@ -32,10 +32,10 @@ class GroupedEvaluation:
 
     figures: dict[str, Figure]
     """The figures of `evaluation.evaluate_pair` under the same keys."""
-    replicates: Float[Tensor, "replicates figures"]
-    """Each figure, in the order of `figures`, without one of the groups; none if there is only one group."""
+    replicates: dict[str, Tensor]
+    """By figure: its value without one of the groups that hold data for it, float64; none if there is only one."""
     fine_histograms: Int[Tensor, "groups bins"]
-    """Each group's `fine_histogram` of |J| at the trained setting, int64."""
+    """The `fine_histogram` of |J| at the trained setting, int64, of each group in which the Jacobian was measured."""
     entries: Int[Tensor, " groups"]
     """The entries of J, zeros included, that each group's histogram is of, int64."""
     arrays: dict[str, Tensor]
@@ -67,8 +67,7 @@ def evaluate_groups(
     Raises:
         UserError: no position is included.
     """
-    if not held_out.included.any():
-        raise UserError(f"data: none of the {held_out.tokens.numel()} held-out positions is included: exclude fewer")
+    check_included(held_out)
     sums = all_reduce_sum(
         group_sums(
             held_out,
@@ -80,6 +79,12 @@ def evaluate_groups(
         )
     )
     return _summarize_groups({key: value.cpu() for key, value in sums.items()}, held_out.at)
+
+
+def check_included(held_out: HeldOut) -> None:
+    """Raise UserError if no position is included."""
+    if not held_out.included.any():
+        raise UserError(f"data: none of the {held_out.tokens.numel()} held-out positions is included: exclude fewer")
 
 
 @torch.no_grad()
@@ -195,8 +200,13 @@ def _summarize_groups(sums: Sums, at: str) -> GroupedEvaluation:
 
     per_group = [{key: value[group] for key, value in small.items()} for group in range(num_groups)]
     means, left_out = leave_one_out(per_group, figures)
-    replicates = torch.tensor([list(entry.values()) for entry in left_out], dtype=torch.float64).reshape(-1, len(means))
-    errors = [standard_error(column) for column in replicates.T]
+    filled = [i for i, entry in enumerate(per_group) if any(bool((value != 0).any()) for value in entry.values())]
+    replicates = {}
+    for name in means:
+        # Few tokens for the Jacobian leave groups without any, which are no groups of its figures.
+        tokens = small[_tokens_of(name)]
+        values = [entry[name] for group, entry in zip(filled, left_out, strict=False) if tokens[group] > 0]
+        replicates[name] = torch.tensor(values if len(values) > 1 else [], dtype=torch.float64)
     total = {key: value.sum(dim=0) for key, value in small.items()}
     arrays = {"histogram_edges": jacobian_metrics.histogram_edges()}
     for setting in JACOBIAN_AT:
@@ -205,13 +215,20 @@ def _summarize_groups(sums: Sums, at: str) -> GroupedEvaluation:
     for site in ("input", "output"):
         latents = metrics.without_prefix(f"{site}/latents/", total)
         arrays[f"firing_rate_{site}"] = metrics.firing_rates(latents)
-    filled = [i for i, entry in enumerate(per_group) if any(bool((value != 0).any()) for value in entry.values())]
+    measured = small["jacobian/tokens"] > 0
     return GroupedEvaluation(
-        figures={name: Figure(mean, error) for (name, mean), error in zip(means.items(), errors, strict=True)},
+        figures={name: Figure(mean, standard_error(replicates[name])) for name, mean in means.items()},
         replicates=replicates,
-        fine_histograms=histograms["fine_histogram"][filled],
-        entries=histograms["entries"][filled],
+        fine_histograms=histograms["fine_histogram"][measured],
+        entries=histograms["entries"][measured],
         arrays=arrays,
         tokens=int(total["input/reconstruction/tokens"]),
         jacobian_tokens=int(total["jacobian/tokens"]),
     )
+
+
+def _tokens_of(figure: str) -> str:
+    """Return the key of the sum that counts the positions a figure is measured at."""
+    if figure.startswith("jacobian") or figure == "val/penalty":
+        return "jacobian/tokens"
+    return "splice/positions" if figure.startswith(("val/ce_", "val/kl_")) else "input/reconstruction/tokens"

@@ -2,18 +2,27 @@
 
 import json
 import math
+import os
 import shutil
+import socket
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 import jsae_lightning.evaluate as program
+from held_out_factory import make_held_out
+from jsae_lightning.atomic_files import atomic_folder, remove_stale_folders
+from jsae_lightning.building import Experiment
 from jsae_lightning.errors import UserError
-from jsae_lightning.evaluate import evaluate_folder
-from jsae_lightning.evaluate_config import compose_evaluation, held_out_sequences
+from jsae_lightning.evaluate import evaluate, evaluate_folder
+from jsae_lightning.evaluate_config import compose_evaluation, covers, held_out_sequences
+from jsae_lightning.evaluation_parts import Task, runnable_parts
 from running import run, toy_overrides, train, write_documents
 from tiny_models import make_model_dir
 
@@ -136,6 +145,19 @@ def test_results_are_used_again_unless_something_else_is_asked_for(copy):
     assert path.stat().st_mtime_ns > made
 
 
+def test_results_with_more_parts_than_asked_for_are_used_again(copy):
+    path = evaluate_folder(copy, ["eval.tokens=64", "eval.parts=[figures,graph]"])
+    made = path.stat().st_mtime_ns
+    for parts in ("[graph,figures]", "[figures]"):
+        assert evaluate_folder(copy, ["eval.tokens=64", f"eval.parts={parts}"]) == path
+    assert path.stat().st_mtime_ns == made
+    assert (path.parent / "graph" / "edges.parquet").is_file()
+    record = read(path)["evaluation"]
+    pair = read(copy / "sae_pair" / "config.json")
+    for words in (["eval.parts=[fidelity]"], ["eval.parts=null"], ["eval.parts=[figures]", "eval.tokens=65"]):
+        assert not covers(record, words, compose_evaluation(copy, pair, words))
+
+
 def test_more_tokens_than_are_held_out(copy, caplog):
     record = read(evaluate_folder(copy, ["eval.tokens=2e4", "eval.batch_sequences=64", "eval.parts=[figures]"]))
     sequences = record["evaluation"]["sequences"]
@@ -193,6 +215,26 @@ def test_results_stay_when_an_evaluation_fails(copy, monkeypatch):
     assert (copy / "eval" / "autointerp" / "scores.jsonl").read_text() == "{}\n"  # of the same pair
 
 
+@pytest.mark.parametrize("record", [None, "{", '{"format_version": 1}', '{"format_version": 1, "evaluation": []}'])
+def test_explanations_without_readable_results_are_kept(record, copy):
+    """As `jsae-autointerp` leaves them before the first evaluation, or beside a damaged one."""
+    (copy / "eval" / "autointerp").mkdir(parents=True)
+    (copy / "eval" / "autointerp" / "input.jsonl").write_text("{}\n")
+    if record is not None:
+        (copy / "eval" / "eval.json").write_text(record)
+    path = evaluate(copy, ["eval.tokens=16", "eval.parts=[figures]"])
+    assert read(path)["evaluation"]["tokens"] == 16
+    assert (copy / "eval" / "autointerp" / "input.jsonl").read_text() == "{}\n"
+
+
+def test_explanations_of_another_pair_are_not_kept(copy):
+    path = evaluate(copy, ["eval.tokens=16", "eval.parts=[figures]"])
+    (copy / "eval" / "autointerp").mkdir()
+    path.write_text(path.read_text().replace(read(path)["evaluation"]["pair_hash"], "0" * 64))
+    evaluate(copy, ["eval.tokens=16", "eval.parts=[figures]"])
+    assert not (copy / "eval" / "autointerp").exists()
+
+
 def test_a_stream_is_not_judged_on_what_it_was_trained_on(finished):
     pair = read(finished / "sae_pair" / "config.json")
     pair["data"] |= {"streaming": True, "val_split": None, "source": "hub", "name": "x", "path": None}
@@ -200,12 +242,137 @@ def test_a_stream_is_not_judged_on_what_it_was_trained_on(finished):
     wanted = ["eval.tokens=1600"]
     count, remark = held_out_sequences(compose_evaluation(finished, pair, wanted), pair, 16)
     assert count == 16
-    assert "learnt from the next" in remark
+    assert "learnt from the next" in remark and "eval.tokens: 1,600 asked for" in remark
     assert held_out_sequences(compose_evaluation(finished, pair, ["eval.tokens=100"]), pair, 16) == (7, None)
     other = compose_evaluation(finished, pair, [*wanted, "data.name=another"])
     assert held_out_sequences(other, pair, 16) == (100, None)
     own = compose_evaluation(finished, pair, [*wanted, "data.val_split=validation"])
     assert held_out_sequences(own, pair, 16) == (100, None)
+
+
+def test_a_stream_is_capped_in_tokens_without_eval_tokens_too(finished):
+    """Training held out 16 sequences of 16 tokens: 256 tokens, whatever the length and the number asked for."""
+    pair = read(finished / "sae_pair" / "config.json")
+    pair["data"] |= {"streaming": True, "source": "hub", "name": "x", "path": None, "document_separator": None}
+
+    def held_out(*overrides):
+        return held_out_sequences(compose_evaluation(finished, pair, overrides), pair, 32)
+
+    assert held_out() == (16, None)
+    count, remark = held_out("data.val_sequences=17")
+    assert count == 16 and remark.startswith("data.val_sequences: 17 asked for") and "first 256 tokens" in remark
+    assert held_out("data.context_length=24")[0] == 10
+    assert held_out("data.context_length=null")[0] == 8
+    assert held_out("data.context_length=8", "eval.tokens=256") == (32, None)
+    assert held_out("data.context_length=8", "eval.tokens=257")[0] == 32
+    assert held_out("data.context_length=24", "data.name=another") == (16, None)
+    with pytest.raises(UserError, match=r"data\.context_length: 257.*first 256 tokens"):
+        held_out("data.context_length=257")
+
+
+@pytest.mark.parametrize(
+    ("trained", "override"),
+    [
+        ({}, "data.val_fraction=0.5"),
+        ({"val_split": "validation"}, "data.val_split=null"),
+        ({"streaming": True}, "data.streaming=false"),
+        ({}, "data.document_separator=null"),
+    ],
+)
+def test_what_training_held_out_otherwise_is_refused(finished, trained, override):
+    pair = read(finished / "sae_pair" / "config.json")
+    pair["data"] |= {"source": "hub", "name": "x", "path": None, "document_separator": None} | trained
+    if "separator" in override:
+        pair["data"] |= {"source": "text", "path": str(finished / "metrics.json"), "document_separator": "---"}
+    cfg = compose_evaluation(finished, pair, [override])
+    with pytest.raises(UserError, match=rf"{override.split('=')[0]}: .* but the pair was trained on these data"):
+        held_out_sequences(cfg, pair, 16)
+    pair["data"]["train_split"] = "another"
+    assert held_out_sequences(cfg, pair, 16) == (16, None)
+
+
+def test_a_run_and_its_export_are_judged_at_the_same_positions(copy, tmp_path):
+    """By what the export tells, or for an older one by its run's own configuration."""
+    run, alone = copy / "sae_pair", tmp_path / "alone"
+    pair = read(run / "config.json")
+    assert pair["evaluation"] == {"exclude_first_position": False}
+    config = copy / ".hydra" / "config.yaml"
+    config.write_text(config.read_text().replace("exclude_first_position: false", "exclude_first_position: true"))
+
+    def excluded(folder):
+        return compose_evaluation(folder, pair, []).eval.exclude_first_position
+
+    assert [excluded(folder) for folder in (copy, run, alone)] == [False, False, False]
+    pair["evaluation"]["exclude_first_position"] = True
+    assert [excluded(folder) for folder in (copy, run, alone)] == [True, True, True]
+    del pair["evaluation"]
+    assert [excluded(folder) for folder in (copy, run, alone)] == [True, True, False]
+
+
+def test_fidelity_is_left_out_where_sequences_are_too_few(copy, caplog):
+    record = read(evaluate_folder(copy, ["eval.tokens=16", "eval.contexts=1"]))
+    assert record["evaluation"]["parts"] == ["figures", "graph"]
+    assert "fidelity is left out" in record["evaluation"]["remark"]
+    assert any("fidelity is left out" in message for message in caplog.messages)
+    assert "graph/edges" in record["figures"] and not any(key.startswith("fidelity") for key in record["figures"])
+
+
+def test_what_a_part_needs_is_checked_before_the_first_one_runs(copy, monkeypatch):
+    monkeypatch.setattr("jsae_lightning.evaluation_parts.run_part", lambda name, task: pytest.fail(f"{name} has run"))
+    with pytest.raises(UserError, match="fidelity needs 2 or more"):
+        evaluate_folder(copy, ["eval.tokens=16", "eval.parts=[figures,fidelity]"])
+    assert not (copy / "eval").exists()
+
+
+def test_the_graph_s_needs_are_checked_first_too():
+    held_out = make_held_out(at="nowhere")
+    task = Task(
+        held_out, held_out.document, jacobian_tokens=None, penalty=None, folder=Path(), fidelity_tokens=9,
+        curve_sequences=2, contexts=8, top_edges=9,
+    )  # fmt: skip
+    for name in ("fidelity", "graph"):
+        with pytest.raises(UserError, match=r"jacobian\.at: 'nowhere'"):
+            runnable_parts(["figures", name], task, are_chosen=True)
+    assert runnable_parts(["figures"], task, are_chosen=True) == (["figures"], None)
+
+
+def test_folders_of_killed_evaluations_are_removed_and_running_ones_stay(copy):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    host = socket.gethostname()
+    stale, running, elsewhere, other = (
+        copy / f".{name}.tmp"
+        for name in (
+            f"eval.{host}.{ended.pid}.abc", f"eval.{host}.{os.getppid()}.abc", f"eval.not{host}.{ended.pid}.abc",
+            f"another.{host}.{ended.pid}.abc",
+        )
+    )  # fmt: skip
+    for folder in (stale, running, elsewhere, other):
+        folder.mkdir()
+        (folder / "eval.json").write_text("{}")
+    seen = []
+    with atomic_folder(copy / "eval") as temporary:  # another evaluation, of a living process
+        evaluate(copy, ["eval.tokens=16", "eval.parts=[figures]", f"eval.out={copy / 'second'}"])
+        assert not (copy / "second" / "graph").exists() and stale.is_dir()
+        remove_stale_folders(copy / "eval")
+        seen = [folder.is_dir() for folder in (temporary, stale, running, elsewhere, other)]
+    assert seen == [True, False, True, True, True]
+    stale.mkdir()
+    evaluate(copy, ["eval.tokens=16", "eval.parts=[figures]"])
+    assert not stale.exists()
+
+
+def test_an_export_leaves_a_running_evaluation_alone(tmp_path, monkeypatch):
+    experiment = Experiment.__new__(Experiment)
+    experiment.cfg = OmegaConf.create({"paths": {"output_dir": str(tmp_path)}})
+    experiment.module = SimpleNamespace(pair=make_held_out().pair)
+    monkeypatch.setattr(Experiment, "_metadata", lambda self: {})
+    (tmp_path / ".sae_pair.killed.tmp").mkdir()
+    with atomic_folder(tmp_path / "eval") as temporary:
+        experiment.export()
+        (temporary / "eval.json").write_text("{}")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"eval", "sae_pair"}
+    assert (tmp_path / "eval" / "eval.json").is_file()
 
 
 def test_every_part_has_a_function():

@@ -223,6 +223,19 @@ def test_shards_add_up_and_batches_do_not_matter():
             torch.testing.assert_close(total[key], value, msg=key)
 
 
+def test_means_come_from_other_documents():
+    """Of the three sequences that are not the curves', one ends in a document of theirs; then all do."""
+    chosen = make_plan(dense(), DOCUMENT, **SETTINGS).curve_sequences
+    others = [s for s in range(6) if s not in chosen]
+    document = DOCUMENT.clone()
+    document[others[0], -1] = chosen[0]
+    plan = make_plan(dense(document=document), document, **SETTINGS)
+    assert plan.curve_sequences == chosen
+    assert plan.pair_sequences == others[1:]
+    single = torch.zeros_like(DOCUMENT)
+    assert make_plan(dense(document=single), single, **SETTINGS).pair_sequences == others
+
+
 def test_tokens_bound_the_random_pairs_and_the_seed_decides_them():
     plan = make_plan(dense(), DOCUMENT, tokens=5, curve_sequences=2)
     assert int(plan.pair_mask.sum()) == 5

@@ -254,7 +254,7 @@ def test_median_from_bins():
     found = curvature.curvature_figures({key: value.sum(dim=0) for key, value in terms.items()})
     assert found["curvature_median"] == pytest.approx(share.median().item(), rel=0.03)
     assert found["curvature_mean"] == pytest.approx(share.mean().item())
-    edges = curvature.bin_edges()
+    edges = torch.cat([torch.zeros(1).double(), torch.logspace(-8, 0, curvature.NUM_BINS, dtype=torch.float64)])
     bins = curvature.curvature_bins(share)
     assert (edges[bins] <= share * (1 + 1e-9)).all() and (share <= edges[bins + 1] * (1 + 1e-9)).all()
     ends = torch.tensor([0.0, 1e-9, 1.0], dtype=torch.float64)

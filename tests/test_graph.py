@@ -173,7 +173,9 @@ def test_run_against_brute_force(tmp_path, at, tokens, max_pairs):
     mask = held_out.included
     if tokens is not None:
         mask = torch.zeros_like(mask)
-        for sequence, position in held_out.included.nonzero()[:tokens].tolist():
+        places = held_out.included.nonzero()
+        for n in range(tokens):  # evenly spaced: the last of each 1/tokens of them
+            sequence, position = places[math.ceil((n + 1) * len(places) / tokens) - 1].tolist()
             mask[sequence, position] = True
     count, mean_abs, mean, count_out = brute_force(held_out, mask)
     rows = read_edges_at(tmp_path)

@@ -70,9 +70,7 @@ def test_standard_errors_against_deleting_each_group(result):
         assert figure.standard_error == pytest.approx(expected, rel=1e-6, abs=1e-12), key
     assert result.figures["jacobian/effective_edges"].standard_error > 0
     assert result.figures["val/ce_score_both"].standard_error > 0
-    keys = list(result.figures)
-    column = keys.index("jacobian/hoyer")
-    assert result.replicates[:, column].tolist() == pytest.approx([entry["jacobian/hoyer"] for entry in left])
+    assert result.replicates["jacobian/hoyer"].tolist() == pytest.approx([entry["jacobian/hoyer"] for entry in left])
 
 
 class Mixing(FakeLanguageModel):
@@ -160,6 +158,22 @@ def test_jacobian_tokens_are_spaced_out():
     x = MODEL.mlp_in(TOKENS)[chosen]
     values = jacobian(HELD_OUT.pair, MODEL.mlp, x).values
     assert found.figures["jacobian/mean_abs"].mean == pytest.approx(values.abs().mean().item())
+
+
+def test_groups_without_a_figure_s_tokens_do_not_count():
+    """Two tokens for the Jacobian, in two of five groups: sqrt(1/2 sum (theta_g - mean)^2) = |a - b| / 2."""
+    chosen = spaced(INCLUDED, 2)
+    assert len(GROUPS[chosen].unique()) == 2
+    found = evaluate(jacobian_tokens=2)
+    a, b = jacobian(HELD_OUT.pair, MODEL.mlp, MODEL.mlp_in(TOKENS)[chosen]).values.abs().mean(dim=(1, 2)).tolist()
+    figure = found.figures["jacobian/mean_abs"]
+    assert (figure.mean, figure.standard_error) == pytest.approx(((a + b) / 2, abs(a - b) / 2))
+    assert found.replicates["jacobian/mean_abs"].tolist() == pytest.approx([b, a])
+    assert len(found.fine_histograms) == len(found.entries) == 2
+    assert len(found.replicates["val/mse_input"]) == len(found.replicates["val/ce_clean"]) == 5
+    assert found.figures["val/mse_input"].standard_error == evaluate().figures["val/mse_input"].standard_error
+    one = evaluate(jacobian_tokens=1)
+    assert math.isnan(one.figures["jacobian/mean_abs"].standard_error)
 
 
 def test_heat_maps_are_jacobians_of_their_positions():

@@ -47,15 +47,9 @@ def curvature_share(
 
 
 def curvature_bins(share: Float[Tensor, " pairs"]) -> Int[Tensor, " pairs"]:
-    """Return the bin, in [0, NUM_BINS), of each q in [0, 1]: `bin_edges()[bin]` is its lower edge."""
+    """Return the bin, in [0, NUM_BINS), of each q in [0, 1]: see NUM_BINS."""
     position = (share.double().clamp(min=1e-300).log10() - _LOWEST_DECADE) * _PER_DECADE
     return (position.floor().long() + 1).clamp(0, NUM_BINS - 1)
-
-
-def bin_edges() -> Float[Tensor, " edges"]:
-    """Return the NUM_BINS + 1 edges: 0, 1e-8, ..., 1, float64."""
-    logs = torch.logspace(_LOWEST_DECADE, 0, NUM_BINS, dtype=torch.float64)
-    return torch.cat([torch.zeros(1, dtype=torch.float64), logs])
 
 
 def curvature_terms(share: Float[Tensor, " pairs"]) -> Sums:

@@ -9,13 +9,13 @@ What stands for the dropped edges matters. The remainder of the token's own expa
 make the full graph exact by construction and tell about the token even without edges. The mean of each dropped edge
 over the tokens where both its ends are active (mean ablation edge by edge) cannot be estimated: most pairs of latents
 meet once in thousands of tokens, and the mean of one value is the value. Zero for dropped edges makes even the best
-graph pay for a constant. So m_i(c) is the mean, over OTHER sequences and the tokens there on which i is active, of all
-that i's c strongest edges in the same ranking do not carry, s_y,i - sum_{c strongest j} J_ij s_j: mean ablation of an
-output latent's dropped edges and its remainder together. (c matters: where the strongest edges are kept, the rest that
-a mean stands for is small.) What is peculiar to a token can then come through its kept edges only. At E = 0 every
-active output latent has its mean activation; with all edges y_E is as good as the linear graph is, which is less than
-exact for an MLP that is not linear. An output latent that is not active in the other sequences takes the mean over all
-active output latents there.
+graph pay for a constant. So m_i(c) is the mean, over sequences of OTHER documents and the tokens there on which i is
+active, of all that i's c strongest edges in the same ranking do not carry, s_y,i - sum_{c strongest j} J_ij s_j: mean
+ablation of an output latent's dropped edges and its remainder together. (c matters: where the strongest edges are
+kept, the rest that a mean stands for is small.) What is peculiar to a token can then come through its kept edges only.
+At E = 0 every active output latent has its mean activation; with all edges y_E is as good as the linear graph is, which
+is less than exact for an MLP that is not linear. An output latent that is not active in the other sequences takes the
+mean over all active output latents there.
 
 Scores. With L the cross-entropy or KL(clean || replaced), over x = log2(E + 1), by the trapezoid rule,
 

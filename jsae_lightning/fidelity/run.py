@@ -19,6 +19,7 @@ from jsae_lightning.jacobians import JACOBIAN_AT
 from jsae_lightning.metrics import Sums, without_prefix
 
 EXAMPLES_PER_CLASS = 6
+MIN_SEQUENCES = 2
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ def run_fidelity(
         groups: each position's group of documents, for standard errors (`jackknife.document_groups`).
         tokens: about how many tokens give a random pair each and, together, the means of the graph; they are whole
             sequences, spread over the held-out ones, and the last one is cut.
-        curve_sequences: sequences of the edge curves, spread likewise and disjoint from those (at most half of all).
+        curve_sequences: sequences of the edge curves, spread likewise and disjoint from those (at most half of all); no
+            document of theirs is among those either, unless none is left then.
             Each costs 4 (n - 1) + 4 forward passes of the language model, n the number of values of E above 0.
 
     Returns:
@@ -79,7 +81,12 @@ def run_fidelity(
 
 
 def make_plan(held_out: HeldOut, groups: Int[Tensor, "sequences seq"], tokens: int, curve_sequences: int) -> Plan:
-    """Deal sequences to the two passes; the arguments and errors are those of `run_fidelity`."""
+    """Deal sequences to the two passes; the arguments and errors are those of `run_fidelity`.
+
+    The first pass, whose means stand for dropped edges in the second, leaves out every sequence that has a document in
+    common with one of the curves'. Where that leaves none (few documents, longer than the gaps between the curves'
+    sequences) it takes the other sequences of the same documents.
+    """
     if held_out.at not in JACOBIAN_AT:
         raise UserError(f"jacobian.at: '{held_out.at}' is not known: choose one of {', '.join(JACOBIAN_AT)}")
     for name, number in (("tokens", tokens), ("curve_sequences", curve_sequences)):
@@ -87,15 +94,18 @@ def make_plan(held_out: HeldOut, groups: Int[Tensor, "sequences seq"], tokens: i
             raise UserError(
                 f"fidelity.{name}: {number} is below 1: give at least 1, or leave this part out (eval.parts)"
             )
-    usable = held_out.included.any(dim=1).nonzero()[:, 0].tolist()
-    if len(usable) < 2:
+    usable = usable_sequences(held_out)
+    if len(usable) < MIN_SEQUENCES:
         raise UserError(
-            f"data: {len(usable)} held-out sequences have included positions: fidelity needs 2 or more, some for the "
-            "graph's means and others for the curves: judge more tokens, or leave it out by eval.parts=[figures,graph]"
+            f"data: {len(usable)} held-out sequences have included positions: fidelity needs {MIN_SEQUENCES} or more, "
+            "some for the graph's means and others for the curves: judge more tokens, or leave it out by "
+            "eval.parts=[figures,graph]"
         )
     for_curves = [usable[index] for index in spread(len(usable), min(curve_sequences, len(usable) // 2))]
     taken = set(for_curves)
     rest = [sequence for sequence in usable if sequence not in taken]
+    shared = torch.isin(held_out.document[rest], held_out.document[for_curves]).any(dim=1)
+    rest = [sequence for sequence, is_shared in zip(rest, shared.tolist(), strict=True) if not is_shared] or rest
     # Just as many whole sequences as hold the tokens; the surplus is cut from the last one.
     per_sequence = held_out.included[rest].sum().item() / len(rest)
     wanted = min(len(rest), -(-tokens // max(1, int(per_sequence))))
@@ -104,6 +114,12 @@ def make_plan(held_out: HeldOut, groups: Int[Tensor, "sequences seq"], tokens: i
     mask[for_pairs] = held_out.included[for_pairs]
     mask &= mask.flatten().cumsum(0).view_as(mask) <= tokens
     return Plan(held_out, groups, [s for s in for_pairs if mask[s].any()], mask, for_curves)
+
+
+def usable_sequences(held_out: HeldOut) -> list[int]:
+    """Return the sequences with included positions, of which `run_fidelity` needs MIN_SEQUENCES."""
+    numbers: list[int] = held_out.included.any(dim=1).nonzero()[:, 0].tolist()
+    return numbers
 
 
 def pair_figures(sums: Sums) -> dict[str, float]:
