@@ -29,8 +29,8 @@ def all_findings(judged: Sequence[Judged], matched: Sequence[ShrinkMatched]) -> 
     for run in judged:
         if not run.is_traditional and find_baseline(run, judged) is None:
             findings.append(
-                f"{run.name}: none of the pairs given is a traditional one (jacobian.coef=0) of the same model, layer, "
-                "weights, k and jacobian.at, so nothing tells shrinkage from sparsification here."
+                f"{run.name}: none of the pairs given is a traditional one (jacobian.coef=0) on the same MLP "
+                "weights, of the same k and jacobian.at, so nothing tells shrinkage from sparsification here."
             )
         for entry in matched:
             if entry.run is run:

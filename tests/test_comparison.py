@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from jsae_lightning import jacobian_metrics
-from jsae_lightning.comparison import compare, difference, find_baseline, find_random, read_judged, shrink_match
+from jsae_lightning.comparison import (
+    compare,
+    difference,
+    find_baseline,
+    find_random,
+    read_judged,
+    relative_difference,
+    shrink_match,
+)
 from jsae_lightning.comparison_files import write_comparison
 from jsae_lightning.comparison_findings import direction
 from jsae_lightning.errors import UserError
@@ -18,6 +26,8 @@ from jsae_lightning.jackknife import Figure, leave_one_out, standard_error
 
 GROUPS, TOKENS, K = 12, 30, 4
 SCALE = 0.434
+SETTINGS = {"data.source": "text", "data.exclude_special_tokens": False, "eval.tokens": 1000,
+            "eval.exclude_first_position": False}  # fmt: skip
 
 
 def draw(seed=0):
@@ -43,7 +53,7 @@ def sums_of(values):
 def judge(tmp_path):
     """Write the evaluation of a pair with these Jacobians, and read it back."""
 
-    def make(values, name="run", *, coef=1.0, weights=False, tokens_hash="same", layer=3, folder=None):
+    def make(values, name="run", *, coef=1.0, weights=False, tokens_hash="same", layer=3, folder=None, **changes):
         def figures(sums):
             return {f"jacobian/{key}": mean for key, mean in jacobian_metrics.jacobian_means(sums).items()}
 
@@ -52,12 +62,14 @@ def judge(tmp_path):
         site = {"d_model": 8, "d_sae": 32, "k": K}
         pair = {
             "input_sae": site, "output_sae": site, "seed": 0, "tokens_seen": 1, "data": {},
-            "model": {"name": "tiny", "revision": None, "layer": layer, "random_weights": weights},
+            "model": {"name": "tiny", "revision": None, "layer": layer, "random_weights": weights, "synthetic": None,
+                      "mlp_hash": f"{layer} {weights}"} | changes.get("model", {}),
             "jacobian": {"penalty": "l1", "coef": coef},
         }  # fmt: skip
         evaluation = {
             "tokens": GROUPS * TOKENS, "jacobian_tokens": GROUPS * TOKENS, "sequences": GROUPS, "documents": GROUPS,
             "groups": GROUPS, "at": "input", "other_at": "reconstruction", "tokens_hash": tokens_hash,
+            "settings": SETTINGS | changes.get("settings", {}),
         }  # fmt: skip
         record = {
             "format_version": 1, "name": name, "folder": name, "random_weights": weights, "pair": pair,
@@ -175,6 +187,41 @@ def test_the_baseline_is_of_the_same_model_layer_and_weights(judge):
     assert find_baseline(run, [run, *others, base]) is base
     assert find_baseline(base, [run, base]) is None
     assert [entry["baseline"] for entry in compare([run, base])[0]["runs"]] == ["base", None]
+
+
+def test_the_baseline_has_the_same_mlp_under_whatever_name(judge):
+    """Synthetic models of two seeds share a name and no weights; a model that was moved has another name."""
+    run = judge(draw(), model={"mlp_hash": "a"})
+    other_seed = judge(draw(), "seed 1", coef=0.0, model={"mlp_hash": "b"})
+    moved = judge(draw(), "moved", coef=0.0, model={"mlp_hash": "a", "name": "/elsewhere/tiny"})
+    assert find_baseline(run, [run, other_seed]) is None
+    assert find_baseline(run, [run, other_seed, moved]) is moved
+
+
+def test_the_random_control_is_of_the_same_synthetic_spec(judge):
+    run = judge(draw(), model={"synthetic": {"seed": 0}})
+    other = judge(draw(), "other", weights=True, model={"synthetic": {"seed": 1}})
+    control = judge(draw(), "control", weights=True, model={"synthetic": {"seed": 0}})
+    assert find_random(run, [run, other]) is None
+    assert find_random(run, [run, other, control]) is control
+
+
+def test_a_relative_difference_has_the_error_of_the_ratio(judge):
+    base, key = draw(), "jacobian/mean_abs"
+    run, baseline = judge(base * (1 + 0.01 * draw(1) / 0.03)), judge(base, "base", coef=0.0)
+    apart = relative_difference(judge(run_values := draw(2), "apart", tokens_hash="other"), baseline, key)
+    found = relative_difference(run, baseline, key)
+    assert found.mean == pytest.approx(run.figure(key).mean / baseline.figure(key).mean - 1)
+    assert found.standard_error == pytest.approx(standard_error(run.replicates[key] / baseline.replicates[key]))
+    assert apart.mean == pytest.approx(float(run_values.abs().mean() / base.abs().mean()) - 1, rel=1e-3)
+    # The delta method against drawing both figures at random
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = judge(run_values, "again", tokens_hash="other").figure(key), baseline.figure(key)
+    x, y = (
+        f.mean + f.standard_error * torch.randn(200_000, generator=generator, dtype=torch.float64)
+        for f in (ours, theirs)
+    )
+    assert apart.standard_error == pytest.approx((x / y).std().item(), rel=0.03)
 
 
 def test_trained_against_random_weights(judge):
