@@ -17,7 +17,7 @@ from jsae_lightning.comparison import (
     shrink_match,
 )
 from jsae_lightning.comparison_files import write_comparison
-from jsae_lightning.comparison_findings import direction
+from jsae_lightning.comparison_findings import _judge_remaining, direction
 from jsae_lightning.errors import UserError
 from jsae_lightning.evaluation_files import write_evaluation
 from jsae_lightning.evaluation_parts import PartResult
@@ -102,11 +102,59 @@ def test_merely_smaller(judge):
         assert abs(rest.mean) <= matched.resolution[key] < 0.01
         assert run.figure(key).mean < 0.9 * baseline.figure(key).mean
     findings = compare([run, baseline])[0]["findings"]
-    start = "run is no sparser than base beyond shrinkage: its entries are smaller, not fewer (effective edges +0.0 %"
-    assert any(line.startswith(start) or line.startswith(start.replace("+", "-")) for line in findings)
+    start = "run against base: no difference beyond 2 standard errors in any of 4 scale-free measures"
+    (line,) = [line for line in findings if line.startswith(start)]
+    assert ": its entries are smaller, not fewer (effective edges " in line
+    assert "differences up to 0.0 % are not excluded" in line
     shares = [line for line in findings if "share of |J|" in line]
     assert len(shares) == 2
     assert all("all of it is shrinkage" in line for line in shares)
+    assert all("points that the histogram resolves" in line for line in shares)
+
+
+def test_not_significant_is_not_the_same(judge):
+    """Two draws, one of them smaller: too noisy to say that as many entries are left, or that all is shrinkage."""
+    noisy = [draw(seed) * (1 + 2 * torch.rand(GROUPS, TOKENS, K, K, generator=torch.manual_seed(seed)) ** 8)
+             for seed in (1, 2)]  # fmt: skip
+    run, baseline = judge(SCALE * noisy[0][:, :2]), judge(noisy[1][:, :2], "base", coef=0.0)
+    record, (matched,) = compare([run, baseline])
+    change = relative_difference(run, baseline, "jacobian/effective_edges")
+    most = abs(change.mean) + 2 * change.standard_error
+    assert most > 0.05
+    (verdict,) = record["verdicts"]
+    assert "no difference beyond 2 standard errors" in verdict
+    assert f"differences up to {most * 100:.1f} % are not excluded" in verdict
+    assert "not fewer" not in verdict and "no sparser" not in verdict
+    key = "jacobian/share_above_0.02"
+    rest = matched.remaining[key]
+    assert abs(rest.mean) < 2 * rest.standard_error
+    (line,) = [line for line in record["findings"] if "share of |J| > 0.02" in line]
+    assert "cannot be told apart from shrinkage" in line and "all of it" not in line
+
+
+@pytest.mark.parametrize(
+    ("mean", "error", "resolution", "groups", "expected"),
+    [
+        (-0.01, 0.001, 0.0, 8, "fewer entries are above it than shrinkage explains."),
+        (0.01, 0.001, 0.0, 8, "shrinkage alone would leave fewer above it."),
+        (-0.004, 0.0025, 0.0, 8, "all of it is shrinkage (with 95 % confidence, to within 10% of the difference)."),
+        (-0.004, 0.0035, 0.0, 8, "this cannot be told apart from shrinkage."),
+        (0.003, 0.001, 0.02, 8, "this cannot be told apart from shrinkage. What remains is below the 2.00 points that "
+                                "the histogram resolves."),
+        (-0.01, 0.001, 0.0, 7, "too few documents for a standard error to go by."),
+        (-0.01, math.nan, 0.0, 8, "too few documents for a standard error to go by."),
+    ],
+)  # fmt: skip
+def test_what_remains_of_a_difference_of_ten_points(mean, error, resolution, groups, expected):
+    assert _judge_remaining(Figure(mean, error), -0.1, resolution, groups) == expected
+
+
+def test_seven_groups_are_too_few_for_a_verdict(judge):
+    sparse, base = only_the_largest(draw(1)), draw()
+    (seven,) = compare([judge(sparse[:7]), judge(base[:7], "base", coef=0.0)])[0]["verdicts"]
+    (eight,) = compare([judge(sparse[:8], "8"), judge(base[:8], "base 8", coef=0.0)])[0]["verdicts"]
+    assert seven.startswith("run: too few documents") and "7 groups" in seven
+    assert eight.startswith("8 is sparser than base 8")
 
 
 def test_really_sparser(judge):
@@ -250,13 +298,13 @@ def test_the_files_of_a_comparison(judge, tmp_path):
 
 def test_entries_that_are_larger_and_no_fewer(judge):
     findings = compare([judge(2 * draw()), judge(draw(), "base", coef=0.0)])[0]["findings"]
-    (line,) = [line for line in findings if line.startswith("run is no sparser than base beyond shrinkage")]
+    (line,) = [line for line in findings if line.startswith("run against base: no difference beyond")]
     assert "smaller" not in line
 
 
 def test_one_group_tells_nothing_beyond_the_figures(judge):
     findings = compare([judge(draw()[:1]), judge(draw(1)[:1], "base", coef=0.0)])[0]["findings"]
-    assert "run: too few documents to say whether it is sparser than base." in findings
+    assert any(line.startswith("run: too few documents to say whether it is sparser than base") for line in findings)
     assert any("too few documents for a standard error" in line for line in findings)
     assert not any("nan" in line for line in findings)
 
