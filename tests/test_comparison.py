@@ -16,7 +16,7 @@ from jsae_lightning.comparison import (
     relative_difference,
     shrink_match,
 )
-from jsae_lightning.comparison_files import write_comparison
+from jsae_lightning.comparison_files import check_same_data, compare_folders, write_comparison
 from jsae_lightning.comparison_findings import _judge_remaining, direction
 from jsae_lightning.errors import UserError
 from jsae_lightning.evaluation_files import write_evaluation
@@ -294,6 +294,33 @@ def test_the_files_of_a_comparison(judge, tmp_path):
     assert matched["figures"]["jacobian/share_above_0.01"].keys() == {"mean", "standard_error"}
     assert (tmp_path / "comparison" / "comparison.md").read_text() == text
     assert all(finding in text for finding in record["findings"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("data.source", "hub"), ("data.exclude_special_tokens", True), ("eval.exclude_first_position", True)],
+)
+def test_pairs_judged_on_different_data_are_not_compared(judge, monkeypatch, tmp_path, key, value):
+    paths = {
+        "run": judge(draw(), settings={key: value}, tokens_hash="other").path,
+        "base": judge(draw(), "base", coef=0.0).path,
+    }
+    monkeypatch.setattr("jsae_lightning.evaluate.evaluate_folder", lambda folder, *_, **__: paths[folder])
+    message = f"{key}: base was judged with {SETTINGS[key]}, run with {value}: give both the same overrides, such as "
+    with pytest.raises(UserError, match=message):
+        compare_folders(["run", "base"], [], out=str(tmp_path / "comparison"))
+    assert not (tmp_path / "comparison").exists()
+
+
+def test_more_tokens_and_other_models_may_have_other_settings(judge):
+    run, other = judge(draw()), {"settings": {"data.source": "hub"}, "tokens_hash": "other"}
+    check_same_data([run, judge(draw(), "more", settings={"eval.tokens": 2000}, tokens_hash="other")])
+    check_same_data(
+        [run, judge(draw(), "same", settings={"data.source": "hub"})]
+    )  # the same tokens, as their hash says
+    check_same_data([run, judge(draw(), "model", layer=1, model={"name": "large"}, **other)])
+    with pytest.raises(UserError, match=r"data\.source"):  # a control
+        check_same_data([run, judge(draw(), "control", weights=True, **other)])
 
 
 def test_entries_that_are_larger_and_no_fewer(judge):
