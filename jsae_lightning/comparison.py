@@ -49,12 +49,21 @@ class Judged:
     entries: Int[Tensor, " groups"]
 
     @property
-    def model(self) -> tuple[Any, ...]:
-        """What two pairs must share to be compared: language model, layer, k, and where the MLP is linearised."""
+    def mlp(self) -> str:
+        """The hash of the MLP's weights: the same for one model under two paths, another for each drawn model."""
+        return self.record["pair"]["model"]["mlp_hash"]
+
+    @property
+    def architecture(self) -> tuple[Any, ...]:
+        """What a trained model and one of random weights have in common: name, revision, layer, synthetic spec."""
+        model = self.record["pair"]["model"]
+        return tuple(model.get(key) for key in ("name", "revision", "layer", "synthetic"))
+
+    @property
+    def setting(self) -> tuple[Any, ...]:
+        """What two pairs must share to be compared, whatever the model: k, and where the MLP is linearised."""
         pair = self.record["pair"]
-        model = pair["model"]
-        sizes = (pair["input_sae"]["k"], pair["output_sae"]["k"])
-        return (model["name"], model["revision"], model["layer"], *sizes, self.record["evaluation"]["at"])
+        return (pair["input_sae"]["k"], pair["output_sae"]["k"], self.record["evaluation"]["at"])
 
     @property
     def weights(self) -> Any:
@@ -126,17 +135,43 @@ def difference(a: Judged, b: Judged, key: str) -> Figure:
     return Figure(mean, math.hypot(a.figure(key).standard_error, b.figure(key).standard_error))
 
 
+def relative_difference(a: Judged, b: Judged, key: str) -> Figure:
+    """Return a's figure over b's, less 1, with its standard error: paired where that is possible.
+
+    Independent samples: r sqrt((se_a / a)^2 + (se_b / b)^2), r being the ratio. NaN where b's figure is 0.
+    """
+    x, y = a.figure(key), b.figure(key)
+    if not y.mean:
+        return Figure(math.nan, math.nan)
+    mean = x.mean / y.mean - 1
+    ours, theirs = a.replicates.get(key), b.replicates.get(key)
+    if is_paired(a, b) and ours is not None and theirs is not None and len(ours) == len(theirs):
+        return Figure(mean, standard_error(ours / theirs))
+    error = math.hypot(x.standard_error / y.mean, x.mean * y.standard_error / y.mean**2)
+    return Figure(mean, error)
+
+
 def find_baseline(judged: Judged, others: Sequence[Judged]) -> Judged | None:
-    """Return the traditional pair of the same model, layer and k (the most alike, if several), or None."""
-    found = [o for o in others if o.is_traditional and (o.model, o.weights) == (judged.model, judged.weights)]
-    return max(found, key=lambda other: _likeness(judged, other), default=None) if not judged.is_traditional else None
+    """Return the traditional pair of the same MLP, k and `at` (the most alike, if several), or None.
+
+    It is the weights of the MLP that must be the same, not the name of the model: drawn models share a name.
+    """
+    if judged.is_traditional:
+        return None
+    own = (judged.mlp, judged.weights, judged.setting)
+    found = [other for other in others if other.is_traditional and (other.mlp, other.weights, other.setting) == own]
+    return max(found, key=lambda other: _likeness(judged, other), default=None)
 
 
 def find_random(judged: Judged, others: Sequence[Judged]) -> Judged | None:
-    """Return the pair of the same kind on the same model with random weights, for one on the trained model."""
+    """Return the pair of the same kind on the same model with random weights, for one on the trained model.
+
+    The same model is here one of the same name, revision, layer and synthetic spec, as its weights are not.
+    """
     if judged.weights:
         return None
-    found = [o for o in others if o.weights and o.model == judged.model and o.is_traditional == judged.is_traditional]
+    own = (judged.architecture, judged.setting, judged.is_traditional)
+    found = [o for o in others if o.weights and (o.architecture, o.setting, o.is_traditional) == own]
     return max(found, key=lambda other: _likeness(judged, other), default=None)
 
 

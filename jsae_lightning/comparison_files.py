@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jsae_lightning.atomic_files import atomic_file
-from jsae_lightning.comparison import Judged, ShrinkMatched, compare, distinct_names, read_judged
+from jsae_lightning.comparison import Judged, ShrinkMatched, compare, distinct_names, is_paired, read_judged
 from jsae_lightning.distributed import rank_and_world_size
 from jsae_lightning.errors import UserError
 from jsae_lightning.evaluation_files import figures_to_json
@@ -47,7 +47,8 @@ def compare_folders(
         config_dirs: folders with the user's own presets.
 
     Raises:
-        UserError: a folder that comes twice, and everything that `evaluate.evaluate_folder` raises.
+        UserError: a folder that comes twice, pairs of one model that were judged on different data, and everything that
+            `evaluate.evaluate_folder` raises.
     """
     from jsae_lightning.evaluate import evaluate_folder, show
 
@@ -58,10 +59,35 @@ def compare_folders(
     if any(override.startswith("eval.out=") for override in overrides):
         raise UserError("eval.out: has no meaning for several pairs: give --out DIR for the comparison")
     judged = [read_judged(evaluate_folder(folder, overrides, config_dirs=config_dirs)) for folder in folders]
+    check_same_data(judged)
     target = Path(out) if out else resolved[0].parent / "comparison"
     if rank_and_world_size()[0] == 0:
         show([write_comparison(target, judged), f"comparison: {target / 'comparison.json'}"])
     return target / "comparison.json"
+
+
+def check_same_data(judged: Sequence[Judged]) -> None:
+    """Raise UserError if two pairs on one model were judged on different data or with other positions left out.
+
+    Models of another architecture may need other data; their pairs are not matched with each other. How much of the
+    data was judged may differ: differences then have the errors of independent samples.
+    """
+    for index, run in enumerate(judged):
+        for other in judged[:index]:
+            if (run.mlp != other.mlp and run.architecture != other.architecture) or is_paired(run, other):
+                continue
+            ours, theirs = (entry.record["evaluation"].get("settings", {}) for entry in (run, other))
+            for key in sorted(ours.keys() | theirs.keys()):
+                if _is_of_data(key) and ours.get(key) != theirs.get(key):
+                    raise UserError(
+                        f"{key}: {run.record['folder']} was judged with {ours.get(key)}, {other.record['folder']} with "
+                        f"{theirs.get(key)}: give both the same overrides, such as {key}=..."
+                    )
+
+
+def _is_of_data(key: str) -> bool:
+    """Whether a setting decides which data and positions are judged, and not only how many."""
+    return key == "eval.exclude_first_position" or (key.startswith("data.") and key != "data.val_sequences")
 
 
 def write_comparison(folder: Path, judged: Sequence[Judged]) -> str:

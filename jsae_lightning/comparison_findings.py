@@ -1,17 +1,39 @@
-"""A comparison in sentences with numbers: what is shrinkage, what is sparsification, and what they cost."""
+"""A comparison in sentences with numbers: what is shrinkage, what is sparsification, and what they cost.
+
+That a difference is not beyond its error does not make it none. So entries are "smaller, not fewer" only where the 95 %
+interval (TOLERANCE standard errors to both sides) of the effective edges' relative difference lies within +-EQUAL, and
+all of a share's difference is shrinkage only where the interval of what remains, widened by what the histogram does not
+resolve, lies within +-NEGLIGIBLE of the whole difference. Fewer than MIN_GROUPS groups of documents say nothing.
+"""
 
 import math
 from collections.abc import Sequence
 
-from jsae_lightning.comparison import Judged, ShrinkMatched, difference, find_baseline, is_paired
+from jsae_lightning.comparison import (
+    Judged,
+    ShrinkMatched,
+    difference,
+    find_baseline,
+    is_paired,
+    relative_difference,
+)
 from jsae_lightning.jackknife import Figure
 
 TOLERANCE = 2.0
 """A difference counts where it is more than so many of its standard errors."""
+EQUAL = 0.05
+"""Two pairs have equally many effective edges if the interval of the relative difference is within so much of 0."""
+NEGLIGIBLE = 0.1
+"""Of a share's difference: what remains beside shrinkage does not matter if its interval is within so much of 0."""
+ROUNDING = 1e-5
+"""Relative differences below this are rounding of float32, however small their standard errors are."""
+MIN_GROUPS = 8
+"""Of documents: a standard error from fewer is too uncertain to go by."""
 
+_EFFECTIVE = "jacobian/effective_edges"
 _SHARES = ("jacobian/share_above_0.01", "jacobian/share_above_0.02")
 _MEASURES = (  # label, key, which way is sparser, format
-    ("effective edges", "jacobian/effective_edges", -1, ".1f"),
+    ("effective edges", _EFFECTIVE, -1, ".1f"),
     ("edges for 90 % of an output", "jacobian/edges_for_90", -1, ".2f"),
     ("Gini", "jacobian/gini", 1, ".4f"),
     ("Hoyer", "jacobian/hoyer", 1, ".4f"),
@@ -29,8 +51,8 @@ def all_findings(judged: Sequence[Judged], matched: Sequence[ShrinkMatched]) -> 
     for run in judged:
         if not run.is_traditional and find_baseline(run, judged) is None:
             findings.append(
-                f"{run.name}: none of the pairs given is a traditional one (jacobian.coef=0) of the same model, layer, "
-                "weights, k and jacobian.at, so nothing tells shrinkage from sparsification here."
+                f"{run.name}: none of the pairs given is a traditional one (jacobian.coef=0) on the same MLP "
+                "weights, of the same k and jacobian.at, so nothing tells shrinkage from sparsification here."
             )
         for entry in matched:
             if entry.run is run:
@@ -86,21 +108,32 @@ def _share_finding(entry: ShrinkMatched, key: str, what: str) -> str:
     threshold = key.rsplit("_", 1)[1]
     ours, theirs, matched = entry.run.figure(key), entry.baseline.figure(key), entry.figures[key]
     remaining, total = entry.remaining[key], ours.mean - theirs.mean
-    sign = direction(remaining) if abs(remaining.mean) > entry.resolution[key] else 0
-    if not math.isfinite(remaining.standard_error):
-        end = "too few documents for a standard error"
-    elif sign == 0:
-        end = f"within {TOLERANCE:g} standard errors, all of it is shrinkage"
-    else:
-        kind = "fewer entries are above it than shrinkage explains" if sign < 0 else "shrinkage alone would leave fewer"
-        end = kind if sign < 0 else f"{kind} above it"
     return (
         f"{entry.run.name}, share of |J| > {threshold}: {_percent(ours.mean)} against "
         f"{_percent(theirs.mean)} ({what}); "
         f"{entry.baseline.name} scaled by {_number(entry.scale.mean, '.3g')} shows {_percent(matched.mean)}, so of a "
         f"difference of {_points(total)} points {_points(total - remaining.mean)} are shrinkage and "
-        f"{_points(remaining.mean)} +- {_points(remaining.standard_error, sign=False)} are not: {end}."
+        f"{_points(remaining.mean)} +- {_points(remaining.standard_error, sign=False)} are not: "
+        + _judge_remaining(remaining, total, entry.resolution[key], _groups(entry.run, entry.baseline))
     )
+
+
+def _judge_remaining(remaining: Figure, total: float, resolution: float, groups: int) -> str:
+    """Return what to make of the part of a share's difference that shrinkage does not explain; see the module."""
+    if groups < MIN_GROUPS or not math.isfinite(remaining.standard_error):
+        return "too few documents for a standard error to go by."
+    sign = direction(remaining)
+    if abs(remaining.mean) > resolution and sign:
+        return "fewer entries are above it than shrinkage explains." if sign < 0 else (
+            "shrinkage alone would leave fewer above it."
+        )  # fmt: skip
+    most = abs(remaining.mean) + resolution + TOLERANCE * remaining.standard_error
+    end = "this cannot be told apart from shrinkage."
+    if most <= NEGLIGIBLE * abs(total):
+        end = f"all of it is shrinkage (with 95 % confidence, to within {NEGLIGIBLE:.0%} of the difference)."
+    if abs(remaining.mean) <= resolution:
+        end += f" What remains is below the {_points(resolution, sign=False)} points that the histogram resolves."
+    return end
 
 
 def _measure(run: Judged, baseline: Judged, measure: tuple[str, str, int, str]) -> tuple[str, int | None]:
@@ -110,7 +143,7 @@ def _measure(run: Judged, baseline: Judged, measure: tuple[str, str, int, str]) 
     text = f"{label} {_figure(run.figure(key), form)} against {_figure(baseline.figure(key), form)}"
     if not math.isfinite(change.standard_error):
         return f"{text} (no standard error)", None
-    found = direction(change) * sparser
+    found = direction(change) * sparser if abs(change.mean) > ROUNDING * abs(baseline.figure(key).mean) else 0
     word = {1: "sparser", -1: "less sparse", 0: "no difference"}[found]
     return f"{text} ({_signed(change, form)}: {word})", found
 
@@ -118,26 +151,39 @@ def _measure(run: Judged, baseline: Judged, measure: tuple[str, str, int, str]) 
 def _verdict(directions: list[int | None], run: Judged, baseline: Judged, is_control: bool) -> str:
     known = [value for value in directions if value is not None]
     than = f"{baseline.name}" + (" on random weights" if is_control else "")
-    if not known:
-        return f"{run.name}: too few documents to say whether it is sparser than {than}."
+    groups = _groups(run, baseline)
+    if not known or groups < MIN_GROUPS:
+        return (
+            f"{run.name}: too few documents to say whether it is sparser than {than} ({groups} groups of documents, "
+            f"at least {MIN_GROUPS} are needed)."
+        )
+    change = relative_difference(run, baseline, _EFFECTIVE)
+    edges = f"effective edges {_relative(change)}"
     counts = f"{sum(v > 0 for v in known)} of {len(known)} scale-free measures say sparser, " + (
         f"{sum(v < 0 for v in known)} less sparse"
     )
-    edges = f"effective edges {_relative(run, baseline, 'jacobian/effective_edges')}"
     if all(value > 0 for value in known):
         return f"{run.name} is sparser than {than} beyond shrinkage ({edges}; {counts})."
     if all(value < 0 for value in known):
         return f"{run.name} is less sparse than {than} once shrinkage is taken out ({edges}; {counts})."
-    if not any(value > 0 for value in known):
-        smaller = direction(difference(run, baseline, "jacobian/mean_abs")) < 0
-        end = ": its entries are smaller, not fewer" if smaller else ""
-        return f"{run.name} is no sparser than {than} beyond shrinkage{end} ({edges}; {counts})."
-    return f"{run.name} against {than}: the scale-free measures do not agree ({edges}; {counts})."
+    if any(known):
+        return f"{run.name} against {than}: the scale-free measures do not agree ({edges}; {counts})."
+    most = abs(change.mean) + TOLERANCE * change.standard_error
+    smaller = direction(difference(run, baseline, "jacobian/mean_abs")) < 0
+    end = ": its entries are smaller, not fewer" if smaller and most <= EQUAL else ""
+    excluded = f"differences up to {most * 100:.1f} % are not excluded" if math.isfinite(most) else "error unknown"
+    return (
+        f"{run.name} against {than}: no difference beyond {TOLERANCE:g} standard errors in any of {len(known)} "
+        f"scale-free measures{end} ({edges}; {excluded})."
+    )
 
 
-def _relative(run: Judged, baseline: Judged, key: str) -> str:
-    ours, theirs = run.figure(key).mean, baseline.figure(key).mean
-    return f"{(ours / theirs - 1) * 100:+.1f} %" if theirs else "-"
+def _groups(run: Judged, baseline: Judged) -> int:
+    return min(len(run.entries), len(baseline.entries))
+
+
+def _relative(change: Figure) -> str:
+    return f"{change.mean * 100:+.1f} %" if math.isfinite(change.mean) else "-"
 
 
 def _figure(figure: Figure, form: str) -> str:

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from jsae_lightning.atomic_files import atomic_file
 from jsae_lightning.errors import UserError
 from jsae_lightning.launch import exit_codes
@@ -45,7 +47,8 @@ class Point:
     coef: float
     metrics: dict[str, float]
     setting: dict[str, Any]
-    """What must be the same for all: the MLP, the widths and k, the tokens seen."""
+    """What must be the same for all: the MLP, the widths and k, the tokens seen, where the MLP is linearised, the data,
+    and how much of it was held out."""
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -149,7 +152,7 @@ def frontier_figure(points: Sequence[Point], sparsity: str = EFFECTIVE) -> "Figu
 
     @styled
     def draw() -> "Figure":
-        figure, (axes,) = new_figure(height=6.4)
+        figure, (axes,) = new_figure(height=4.8 + 0.22 * len(penalties))
         for number, (penalty, runs) in enumerate(sorted(penalties.items())):
             places = [(lost(run, baseline), run.metrics[sparsity]) for run in runs]
             edge = frontier([(0.0, baseline[sparsity]), *places])
@@ -164,7 +167,7 @@ def frontier_figure(points: Sequence[Point], sparsity: str = EFFECTIVE) -> "Figu
         axes.set_xlabel("explained variance lost")
         axes.set_ylabel(_short(sparsity))
         axes.axvline(0.02, linestyle=":", color="#7f7f7f", linewidth=1)
-        figure.legend(loc="outside lower center", ncols=2)
+        figure.legend(loc="outside lower center", ncols=2 if max(map(len, penalties)) <= 18 else 1)
         return figure
 
     return draw()
@@ -203,7 +206,11 @@ def _read_point(folder: Path, name: str) -> Point | None:
     setting |= {
         f"{sae}.{key}": config.get(sae, {}).get(key) for sae in ("input_sae", "output_sae") for key in ("d_sae", "k")
     }
-    return Point(name, _penalty_name(config["jacobian"]), float(config["jacobian"]["coef"]), numbers, setting)
+    setting["jacobian.at"] = config["jacobian"].get("at", "input")
+    data = config.get("data", {})
+    setting |= {f"data.{key}": data.get(key) for key in ("source", "path", "name")}
+    setting["held-out tokens"] = _held_out_tokens(folder, data)
+    return Point(name, penalty_name(config["jacobian"]), float(config["jacobian"]["coef"]), numbers, setting)
 
 
 def _check_alike(points: Sequence[Point]) -> None:
@@ -214,12 +221,25 @@ def _check_alike(points: Sequence[Point]) -> None:
             if point.setting[key] != value:
                 raise UserError(
                     f"{point.name}: {key} is {point.setting[key]}, but {value} in {first.name}: give folders of "
-                    "runs that share their MLP, widths, k and number of tokens"
+                    "runs that share their MLP, widths, k, jacobian.at, data and number of tokens"
                 )
 
 
-def _penalty_name(jacobian: dict[str, Any]) -> str:
-    """A penalty's name, and those of its settings that are not the defaults."""
+def _held_out_tokens(folder: Path, data: dict[str, Any]) -> int | None:
+    """How many tokens the run's metrics are of, at most: its sequences times their length; None if not known."""
+    sequences, length = data.get("val_sequences"), data.get("context_length")
+    if sequences is None or length is None:
+        return None
+    try:
+        config = yaml.safe_load((folder / ".hydra" / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        config = None
+    chosen = config.get("eval", {}).get("num_sequences") if isinstance(config, dict) else None
+    return int(length) * min(int(sequences), sequences if chosen is None else int(chosen))
+
+
+def penalty_name(jacobian: dict[str, Any]) -> str:
+    """Return a penalty's name, and those of its settings that are not the defaults."""
     usual = {"at": "input", "edges": "jacobian", "warmup_fraction": 0.05, "decay_fraction": 0.0, "params": {}}
     unusual = [f"{key}={jacobian[key]}" for key, value in usual.items() if jacobian.get(key, value) != value]
     return ", ".join([str(jacobian["penalty"]), *unusual])

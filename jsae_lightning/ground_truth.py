@@ -7,7 +7,8 @@ i is active; a true edge counts if it is active anywhere on the tokens. What is 
     average_precision            of all found edges, ranked by weight (`synthetic.ranking`); an edge at a latent that
                                  stands for no feature is a false one, a true edge at an unmatched feature a missed one
     average_precision_matched    among matched latents and features alone: the graph, given the features
-    average_precision_pooled     many latents may stand for one feature, their edges' weights added: forgives splitting
+    average_precision_pooled     many latents may stand for one feature: sum |J| over all of them, over the tokens at
+                                 which any latent of the output's feature is active: forgives splitting
     precision, recall, f1        at the cut with the best F1 (chosen with the truth's help)
     precision_at_true_count      of as many edges as there are true ones
     base_rate                    share of true ones among all found edges: what a random ranking's precision is
@@ -156,12 +157,14 @@ def ground_truth_sums(
     found.index_add_(0, edges.flatten(), magnitudes.flatten())
     active_found = torch.zeros(pair.output_sae.d_sae, dtype=torch.float64)
     active_found.index_add_(0, indices_out.flatten(), result.active_out.cpu().double().flatten())
+    active_pooled = _active_features(result.active_out.cpu(), matching_out.nearest_feature[indices_out], truth.shape[1])
     is_true = _true_entries(truth, matching_out.feature_of[indices_out], matching_in.feature_of[indices_in])
     effective_found, effective_true = effective_edges(values), effective_edges(truth)
     return {
         "tokens": torch.tensor(float(len(values)), dtype=torch.float64),
         "found": found.view(pair.output_sae.d_sae, pair.input_sae.d_sae),
         "active_found": active_found,
+        "active_pooled": active_pooled.double().sum(dim=0),
         "true": truth.abs().sum(dim=0),
         "active_true": (computation.output_features(features.cpu()) > 0).double().sum(dim=0),
         "weight": magnitudes.sum(),
@@ -177,7 +180,8 @@ def zero_sums(pair: SAEPair, computation: SyntheticComputation) -> Sums:
     """Return all keys and shapes of `ground_truth_sums` as zeros."""
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(_SCALARS, ())
     shapes |= {"found": (pair.output_sae.d_sae, pair.input_sae.d_sae), "active_found": (pair.output_sae.d_sae,)}
-    shapes |= {"true": tuple(computation.weights.shape), "active_true": (len(computation.weights),)}
+    n_out = len(computation.weights)
+    shapes |= {"true": tuple(computation.weights.shape), "active_true": (n_out,), "active_pooled": (n_out,)}
     return {key: torch.zeros(shape, dtype=torch.float64) for key, shape in shapes.items()}
 
 
@@ -197,7 +201,7 @@ def summarize_ground_truth(sums: Sums, matching_in: Matching, matching_out: Matc
     figures = {
         "average_precision": curve.average_precision,
         "average_precision_matched": among_matched.average_precision,
-        "average_precision_pooled": _pooled(found, is_edge, matching_in, matching_out).average_precision,
+        "average_precision_pooled": _pooled(sums, is_edge, matching_in, matching_out).average_precision,
         "precision": precision,
         "recall": recall,
         "f1": f1,
@@ -279,20 +283,32 @@ def _token_sums(
     }
 
 
+def _active_features(
+    active_out: Bool[Tensor, "tokens k_out"], feature_out: Int[Tensor, "tokens k_out"], n_out: int
+) -> Bool[Tensor, "tokens n_out"]:
+    """Say of each token which output features have an active latent near them."""
+    column = torch.where(active_out & (feature_out >= 0), feature_out, n_out)
+    active = torch.zeros(len(active_out), n_out + 1, dtype=torch.bool)
+    return active.scatter(1, column, torch.ones_like(column, dtype=torch.bool))[:, :n_out]
+
+
 def _pooled(
-    found: Float[Tensor, "d_sae_out d_sae_in"],
-    is_edge: Bool[Tensor, "n_out n_in"],
-    matching_in: Matching,
-    matching_out: Matching,
+    sums: Sums, is_edge: Bool[Tensor, "n_out n_in"], matching_in: Matching, matching_out: Matching
 ) -> PrecisionRecall:
-    """Add up the weights of all latents near a feature; a latent near none keeps edges of its own, all false."""
-    n_out, n_in = is_edge.shape
+    """Rank edges between features: sum |J| of all latents near them, per token at which any of the output's is active.
+
+    Means of the single latents would not do: those of latents that take turns add up to more than the feature's own.
+    A latent near no feature keeps edges of its own, all false.
+    """
+    found, (n_out, n_in) = sums["found"], is_edge.shape
     own_out, own_in = (
         torch.where(near >= 0, near, n + torch.arange(len(near)))
         for near, n in ((matching_out.nearest_feature, n_out), (matching_in.nearest_feature, n_in))
     )
     rows = found.new_zeros(n_out + found.shape[0], found.shape[1]).index_add(0, own_out, found)
     pooled = rows.new_zeros(len(rows), n_in + found.shape[1]).index_add(1, own_in, rows)
+    pooled /= torch.cat([sums["active_pooled"], sums["active_found"]]).clamp_min(1)[:, None]
+    pooled = torch.where(pooled > ROUNDING * pooled.max(), pooled, 0.0)
     is_true = torch.zeros_like(pooled, dtype=torch.bool)
     is_true[:n_out, :n_in] = is_edge
     return precision_recall(pooled, is_true, int(is_edge.sum()))

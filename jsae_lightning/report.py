@@ -6,6 +6,7 @@ jsae-report logs/runs/DATE --no-evaluate --out /tmp/report
 """
 
 import argparse
+import hashlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,15 @@ from typing import NoReturn
 
 from jsae_lightning.errors import UserError
 from jsae_lightning.launch import exit_codes
-from jsae_lightning.reporting.readers import COMPARISON_FOLDER, EXPORT, Found, find_evaluations
+from jsae_lightning.reporting.readers import (
+    COMPARISON_FOLDER,
+    EVAL,
+    EVAL_FOLDER,
+    EXPORT,
+    Found,
+    find_evaluations,
+)
+from jsae_lightning.sweep_folders import read_json
 
 PROGRAM = "jsae-report"
 
@@ -34,7 +43,8 @@ def write_report(
         folder: of a run, an exported pair, an evaluation, a comparison or a sweep.
         overrides: of `conf/eval.yaml`, for pairs that are evaluated here; those evaluated otherwise are judged again.
         out: where to write; None: `report/` in `folder`.
-        evaluate: whether to evaluate finished pairs that have not been yet, and to compare the pairs of a sweep.
+        evaluate: whether to evaluate finished pairs that have not been yet, or whose weights have changed since, and
+            to compare the pairs of a sweep.
 
     Raises:
         UserError: there is nothing to report on, or something in it is damaged.
@@ -45,7 +55,7 @@ def write_report(
     if overrides and not evaluate:
         raise UserError(f"{overrides[0]}: with --no-evaluate nothing is evaluated: leave one of the two out")
     found = find_evaluations(folder)
-    notes = _evaluate(folder, found, overrides) if evaluate else []
+    notes = _evaluate(found, overrides) if evaluate else _stale_notes(found)
     found = find_evaluations(folder)
     if not found.evaluated:
         where = found.missing[0].folder if found.missing else folder
@@ -53,8 +63,8 @@ def write_report(
     if evaluate and found.is_sweep and len(found.evaluated) > 1:
         notes += _compare(folder, found, overrides)
         found = find_evaluations(folder)
-    if not notes:
-        notes = [f"{job.name} has not been evaluated: run `jsae-eval {job.folder}`." for job in found.missing]
+    if not evaluate or not notes:
+        notes += [f"{job.name} has not been evaluated: run `jsae-eval {job.folder}`." for job in found.missing]
     path, missing = build_report(folder, found, Path(out) if out is not None else folder / "report", notes)
     for note in notes:
         print(note)
@@ -64,14 +74,15 @@ def write_report(
     return path
 
 
-def _evaluate(folder: Path, found: Found, overrides: Sequence[str]) -> list[str]:
-    """Evaluate what has not been, and all if there are overrides; in a sweep, one failure does not stop the others.
+def _evaluate(found: Found, overrides: Sequence[str]) -> list[str]:
+    """Evaluate pairs that have not been or have changed since, and all of them if there are overrides.
 
-    Returns sentences on what could not be evaluated.
+    In a sweep, one failure does not stop the others. Returns sentences on what could not be evaluated.
     """
     wanted = [(job.name, job.folder) for job in found.missing]
-    if overrides:
-        wanted = [*((path.parent.name, path.parent) for path, _ in found.evaluated if path.name == "eval"), *wanted]
+    evaluated = [path for path, _ in found.evaluated if path.name == EVAL_FOLDER]
+    again = evaluated if overrides else [path for path in evaluated if _has_changed(path)]
+    wanted = [*((path.parent.name, path.parent) for path in again), *wanted]
     notes = []
     for name, place in wanted:
         if not _has_pair(place):
@@ -88,13 +99,36 @@ def _evaluate(folder: Path, found: Found, overrides: Sequence[str]) -> list[str]
     return notes
 
 
+def _stale_notes(found: Found) -> list[str]:
+    """Return a sentence on each pair whose weights have changed since its evaluation."""
+    return [
+        f"{path.parent.name} was trained on after its evaluation, whose figures are of its earlier weights: run "
+        f"`jsae-eval {path.parent}`."
+        for path, _ in found.evaluated
+        if path.name == EVAL_FOLDER and _has_changed(path)
+    ]
+
+
+def _has_changed(evaluation: Path) -> bool:
+    """Whether the pair beside an evaluation has other weights than those judged; False where that is not known."""
+    run = evaluation.parent
+    weights = next((place / "model.safetensors" for place in (run / EXPORT, run) if _is_export(place)), None)
+    if weights is None or not weights.is_file():
+        return False
+    record = read_json(evaluation / EVAL)
+    judged = record.get("evaluation") if isinstance(record, dict) else None
+    judged_hash = judged.get("pair_hash") if isinstance(judged, dict) else None
+    with weights.open("rb") as file:
+        return judged_hash is not None and judged_hash != hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _compare(folder: Path, found: Found, overrides: Sequence[str]) -> list[str]:
     """Compare the pairs of a sweep if there is no comparison or one is older than an evaluation."""
     evaluations = [path / "eval.json" for path, _ in found.evaluated]
     newest = max(path.stat().st_mtime for path in evaluations)
     if found.comparison is not None and found.comparison.stat().st_mtime >= newest:
         return []
-    places = [path.parent for path, _ in found.evaluated if path.name == "eval"]
+    places = [path.parent for path, _ in found.evaluated if path.name == EVAL_FOLDER]
     if len(places) < 2:
         return []
     from jsae_lightning.comparison_files import compare_folders
@@ -107,7 +141,11 @@ def _compare(folder: Path, found: Found, overrides: Sequence[str]) -> list[str]:
 
 
 def _has_pair(folder: Path) -> bool:
-    return (folder / EXPORT / "config.json").is_file() or (folder / "config.json").is_file()
+    return _is_export(folder / EXPORT) or _is_export(folder)
+
+
+def _is_export(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
 
 
 class _Parser(argparse.ArgumentParser):

@@ -7,9 +7,17 @@ import pytest
 import torch
 
 from jsae_lightning import jacobian_metrics
-from jsae_lightning.comparison import compare, difference, find_baseline, find_random, read_judged, shrink_match
-from jsae_lightning.comparison_files import write_comparison
-from jsae_lightning.comparison_findings import direction
+from jsae_lightning.comparison import (
+    compare,
+    difference,
+    find_baseline,
+    find_random,
+    read_judged,
+    relative_difference,
+    shrink_match,
+)
+from jsae_lightning.comparison_files import check_same_data, compare_folders, write_comparison
+from jsae_lightning.comparison_findings import _judge_remaining, direction
 from jsae_lightning.errors import UserError
 from jsae_lightning.evaluation_files import write_evaluation
 from jsae_lightning.evaluation_parts import PartResult
@@ -18,6 +26,8 @@ from jsae_lightning.jackknife import Figure, leave_one_out, standard_error
 
 GROUPS, TOKENS, K = 12, 30, 4
 SCALE = 0.434
+SETTINGS = {"data.source": "text", "data.exclude_special_tokens": False, "eval.tokens": 1000,
+            "eval.exclude_first_position": False}  # fmt: skip
 
 
 def draw(seed=0):
@@ -43,7 +53,7 @@ def sums_of(values):
 def judge(tmp_path):
     """Write the evaluation of a pair with these Jacobians, and read it back."""
 
-    def make(values, name="run", *, coef=1.0, weights=False, tokens_hash="same", layer=3, folder=None):
+    def make(values, name="run", *, coef=1.0, weights=False, tokens_hash="same", layer=3, folder=None, **changes):
         def figures(sums):
             return {f"jacobian/{key}": mean for key, mean in jacobian_metrics.jacobian_means(sums).items()}
 
@@ -52,12 +62,14 @@ def judge(tmp_path):
         site = {"d_model": 8, "d_sae": 32, "k": K}
         pair = {
             "input_sae": site, "output_sae": site, "seed": 0, "tokens_seen": 1, "data": {},
-            "model": {"name": "tiny", "revision": None, "layer": layer, "random_weights": weights},
+            "model": {"name": "tiny", "revision": None, "layer": layer, "random_weights": weights, "synthetic": None,
+                      "mlp_hash": f"{layer} {weights}"} | changes.get("model", {}),
             "jacobian": {"penalty": "l1", "coef": coef},
         }  # fmt: skip
         evaluation = {
             "tokens": GROUPS * TOKENS, "jacobian_tokens": GROUPS * TOKENS, "sequences": GROUPS, "documents": GROUPS,
             "groups": GROUPS, "at": "input", "other_at": "reconstruction", "tokens_hash": tokens_hash,
+            "settings": SETTINGS | changes.get("settings", {}),
         }  # fmt: skip
         record = {
             "format_version": 1, "name": name, "folder": name, "random_weights": weights, "pair": pair,
@@ -90,11 +102,59 @@ def test_merely_smaller(judge):
         assert abs(rest.mean) <= matched.resolution[key] < 0.01
         assert run.figure(key).mean < 0.9 * baseline.figure(key).mean
     findings = compare([run, baseline])[0]["findings"]
-    start = "run is no sparser than base beyond shrinkage: its entries are smaller, not fewer (effective edges +0.0 %"
-    assert any(line.startswith(start) or line.startswith(start.replace("+", "-")) for line in findings)
+    start = "run against base: no difference beyond 2 standard errors in any of 4 scale-free measures"
+    (line,) = [line for line in findings if line.startswith(start)]
+    assert ": its entries are smaller, not fewer (effective edges " in line
+    assert "differences up to 0.0 % are not excluded" in line
     shares = [line for line in findings if "share of |J|" in line]
     assert len(shares) == 2
     assert all("all of it is shrinkage" in line for line in shares)
+    assert all("points that the histogram resolves" in line for line in shares)
+
+
+def test_not_significant_is_not_the_same(judge):
+    """Two draws, one of them smaller: too noisy to say that as many entries are left, or that all is shrinkage."""
+    noisy = [draw(seed) * (1 + 2 * torch.rand(GROUPS, TOKENS, K, K, generator=torch.manual_seed(seed)) ** 8)
+             for seed in (1, 2)]  # fmt: skip
+    run, baseline = judge(SCALE * noisy[0][:, :2]), judge(noisy[1][:, :2], "base", coef=0.0)
+    record, (matched,) = compare([run, baseline])
+    change = relative_difference(run, baseline, "jacobian/effective_edges")
+    most = abs(change.mean) + 2 * change.standard_error
+    assert most > 0.05
+    (verdict,) = record["verdicts"]
+    assert "no difference beyond 2 standard errors" in verdict
+    assert f"differences up to {most * 100:.1f} % are not excluded" in verdict
+    assert "not fewer" not in verdict and "no sparser" not in verdict
+    key = "jacobian/share_above_0.02"
+    rest = matched.remaining[key]
+    assert abs(rest.mean) < 2 * rest.standard_error
+    (line,) = [line for line in record["findings"] if "share of |J| > 0.02" in line]
+    assert "cannot be told apart from shrinkage" in line and "all of it" not in line
+
+
+@pytest.mark.parametrize(
+    ("mean", "error", "resolution", "groups", "expected"),
+    [
+        (-0.01, 0.001, 0.0, 8, "fewer entries are above it than shrinkage explains."),
+        (0.01, 0.001, 0.0, 8, "shrinkage alone would leave fewer above it."),
+        (-0.004, 0.0025, 0.0, 8, "all of it is shrinkage (with 95 % confidence, to within 10% of the difference)."),
+        (-0.004, 0.0035, 0.0, 8, "this cannot be told apart from shrinkage."),
+        (0.003, 0.001, 0.02, 8, "this cannot be told apart from shrinkage. What remains is below the 2.00 points that "
+                                "the histogram resolves."),
+        (-0.01, 0.001, 0.0, 7, "too few documents for a standard error to go by."),
+        (-0.01, math.nan, 0.0, 8, "too few documents for a standard error to go by."),
+    ],
+)  # fmt: skip
+def test_what_remains_of_a_difference_of_ten_points(mean, error, resolution, groups, expected):
+    assert _judge_remaining(Figure(mean, error), -0.1, resolution, groups) == expected
+
+
+def test_seven_groups_are_too_few_for_a_verdict(judge):
+    sparse, base = only_the_largest(draw(1)), draw()
+    (seven,) = compare([judge(sparse[:7]), judge(base[:7], "base", coef=0.0)])[0]["verdicts"]
+    (eight,) = compare([judge(sparse[:8], "8"), judge(base[:8], "base 8", coef=0.0)])[0]["verdicts"]
+    assert seven.startswith("run: too few documents") and "7 groups" in seven
+    assert eight.startswith("8 is sparser than base 8")
 
 
 def test_really_sparser(judge):
@@ -177,6 +237,41 @@ def test_the_baseline_is_of_the_same_model_layer_and_weights(judge):
     assert [entry["baseline"] for entry in compare([run, base])[0]["runs"]] == ["base", None]
 
 
+def test_the_baseline_has_the_same_mlp_under_whatever_name(judge):
+    """Synthetic models of two seeds share a name and no weights; a model that was moved has another name."""
+    run = judge(draw(), model={"mlp_hash": "a"})
+    other_seed = judge(draw(), "seed 1", coef=0.0, model={"mlp_hash": "b"})
+    moved = judge(draw(), "moved", coef=0.0, model={"mlp_hash": "a", "name": "/elsewhere/tiny"})
+    assert find_baseline(run, [run, other_seed]) is None
+    assert find_baseline(run, [run, other_seed, moved]) is moved
+
+
+def test_the_random_control_is_of_the_same_synthetic_spec(judge):
+    run = judge(draw(), model={"synthetic": {"seed": 0}})
+    other = judge(draw(), "other", weights=True, model={"synthetic": {"seed": 1}})
+    control = judge(draw(), "control", weights=True, model={"synthetic": {"seed": 0}})
+    assert find_random(run, [run, other]) is None
+    assert find_random(run, [run, other, control]) is control
+
+
+def test_a_relative_difference_has_the_error_of_the_ratio(judge):
+    base, key = draw(), "jacobian/mean_abs"
+    run, baseline = judge(base * (1 + 0.01 * draw(1) / 0.03)), judge(base, "base", coef=0.0)
+    apart = relative_difference(judge(run_values := draw(2), "apart", tokens_hash="other"), baseline, key)
+    found = relative_difference(run, baseline, key)
+    assert found.mean == pytest.approx(run.figure(key).mean / baseline.figure(key).mean - 1)
+    assert found.standard_error == pytest.approx(standard_error(run.replicates[key] / baseline.replicates[key]))
+    assert apart.mean == pytest.approx(float(run_values.abs().mean() / base.abs().mean()) - 1, rel=1e-3)
+    # The delta method against drawing both figures at random
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = judge(run_values, "again", tokens_hash="other").figure(key), baseline.figure(key)
+    x, y = (
+        f.mean + f.standard_error * torch.randn(200_000, generator=generator, dtype=torch.float64)
+        for f in (ours, theirs)
+    )
+    assert apart.standard_error == pytest.approx((x / y).std().item(), rel=0.03)
+
+
 def test_trained_against_random_weights(judge):
     run, control = judge(only_the_largest(draw())), judge(draw(1), "control", weights=True)
     base = judge(draw(2), "base", coef=0.0)
@@ -201,15 +296,42 @@ def test_the_files_of_a_comparison(judge, tmp_path):
     assert all(finding in text for finding in record["findings"])
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("data.source", "hub"), ("data.exclude_special_tokens", True), ("eval.exclude_first_position", True)],
+)
+def test_pairs_judged_on_different_data_are_not_compared(judge, monkeypatch, tmp_path, key, value):
+    paths = {
+        "run": judge(draw(), settings={key: value}, tokens_hash="other").path,
+        "base": judge(draw(), "base", coef=0.0).path,
+    }
+    monkeypatch.setattr("jsae_lightning.evaluate.evaluate_folder", lambda folder, *_, **__: paths[folder])
+    message = f"{key}: base was judged with {SETTINGS[key]}, run with {value}: give both the same overrides, such as "
+    with pytest.raises(UserError, match=message):
+        compare_folders(["run", "base"], [], out=str(tmp_path / "comparison"))
+    assert not (tmp_path / "comparison").exists()
+
+
+def test_more_tokens_and_other_models_may_have_other_settings(judge):
+    run, other = judge(draw()), {"settings": {"data.source": "hub"}, "tokens_hash": "other"}
+    check_same_data([run, judge(draw(), "more", settings={"eval.tokens": 2000}, tokens_hash="other")])
+    check_same_data(
+        [run, judge(draw(), "same", settings={"data.source": "hub"})]
+    )  # the same tokens, as their hash says
+    check_same_data([run, judge(draw(), "model", layer=1, model={"name": "large"}, **other)])
+    with pytest.raises(UserError, match=r"data\.source"):  # a control
+        check_same_data([run, judge(draw(), "control", weights=True, **other)])
+
+
 def test_entries_that_are_larger_and_no_fewer(judge):
     findings = compare([judge(2 * draw()), judge(draw(), "base", coef=0.0)])[0]["findings"]
-    (line,) = [line for line in findings if line.startswith("run is no sparser than base beyond shrinkage")]
+    (line,) = [line for line in findings if line.startswith("run against base: no difference beyond")]
     assert "smaller" not in line
 
 
 def test_one_group_tells_nothing_beyond_the_figures(judge):
     findings = compare([judge(draw()[:1]), judge(draw(1)[:1], "base", coef=0.0)])[0]["findings"]
-    assert "run: too few documents to say whether it is sparser than base." in findings
+    assert any(line.startswith("run: too few documents to say whether it is sparser than base") for line in findings)
     assert any("too few documents for a standard error" in line for line in findings)
     assert not any("nan" in line for line in findings)
 

@@ -97,6 +97,30 @@ def test_runs_of_two_models_are_not_mixed(sweep):
         read_points([sweep])
 
 
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("jacobian", {"at": "reconstruction"}, r"jacobian\.at is reconstruction, but input"),
+        ("data", {"source": "hub"}, r"data\.source is hub, but text"),
+        ("data", {"path": "other.txt"}, r"data\.path is other\.txt, but a\.txt"),
+        ("data", {"val_sequences": 16}, "held-out tokens is 1024, but 2048"),
+        ("eval", {"num_sequences": 8}, "held-out tokens is 512, but 2048"),
+    ],
+)
+def test_runs_judged_otherwise_are_not_mixed(sweep, key, change, message):
+    data = {"source": "text", "path": "a.txt", "name": None, "val_sequences": 32, "context_length": 64}
+    for name in "0123":
+        path = sweep / name / "sae_pair" / "config.json"
+        config = json.loads(path.read_text()) | {"data": data}
+        if name == "2" and key == "eval":
+            (sweep / name / ".hydra" / "config.yaml").write_text(json.dumps({"eval": change}))
+        elif name == "2":
+            config[key] = config[key] | change
+        path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"2: {message} in 0"):
+        read_points([sweep])
+
+
 def test_the_command_writes_table_and_figures(sweep, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["jsae-frontier", str(sweep), "--loss", "0.02", "0.05"])
     module.main()

@@ -27,7 +27,7 @@ from jsae_lightning.sae import SAEPair
 from jsae_lightning.synthetic.assignment import best_assignment
 from jsae_lightning.synthetic.documents import SyntheticDocuments
 from jsae_lightning.synthetic.language_model import SyntheticLanguageModel
-from jsae_lightning.synthetic.matching import match
+from jsae_lightning.synthetic.matching import Matching, match
 from jsae_lightning.synthetic.ranking import precision_recall
 from synthetic_factories import spec_values, true_pair
 
@@ -309,6 +309,40 @@ def test_split_features_are_forgiven_when_pooled():
     assert figures["average_precision_pooled"] == pytest.approx(1.0)
     assert figures["base_rate"] == pytest.approx(0.5)
     assert figures["average_precision"] < 0.9
+
+
+def _matching(nearest: list[int], n: int) -> Matching:
+    latent_of = torch.tensor([nearest.index(feature) for feature in range(n)])
+    feature_of = torch.full((len(nearest),), -1).scatter(0, latent_of, torch.arange(n))
+    return Matching(latent_of, feature_of, torch.tensor(nearest), torch.ones(n, dtype=torch.float64))
+
+
+def test_latents_that_take_turns_weigh_as_much_as_one():
+    """Two output features with one true edge each; three latents share the first one, whose false edge is half as
+    strong as the second feature's true one. Means of the latents would add up to more than that."""  # fmt: skip
+    one, split = [0, 1], [0, 0, 0, 1]
+    sums = {
+        "found": torch.tensor([[30.0, 12.0], [0.0, 24.0]]).double(),  # 30 tokens each
+        "active_found": torch.tensor([30.0, 30.0]).double(),
+        "active_pooled": torch.tensor([30.0, 30.0]).double(),
+    }
+    is_edge = torch.eye(2, dtype=torch.bool)
+    inputs = _matching([0, 1], 2)
+    whole = ground_truth._pooled(sums, is_edge, inputs, _matching(one, 2))
+    parts = sums | {
+        "found": torch.cat([sums["found"][:1].expand(3, 2) / 3, sums["found"][1:]]),
+        "active_found": torch.tensor([10.0, 10.0, 10.0, 30.0]).double(),
+    }
+    shared = ground_truth._pooled(parts, is_edge, inputs, _matching(split, 2))
+    assert whole.average_precision == shared.average_precision == 1
+    torch.testing.assert_close(whole.kept, shared.kept)
+
+
+def test_a_feature_is_active_where_any_of_its_latents_is():
+    active = torch.tensor([[True, True, False], [True, True, True], [False, False, False]])
+    feature = torch.tensor([[0, 0, 1], [-1, 1, 0], [0, 1, 0]])
+    expected = torch.tensor([[True, False], [True, True], [False, False]])
+    assert torch.equal(ground_truth._active_features(active, feature, 2), expected)
 
 
 # Sums

@@ -1,5 +1,6 @@
 """The report without a browser: what is read, drawn, escaped and left out."""
 
+import hashlib
 import json
 import math
 import re
@@ -28,6 +29,17 @@ from jsae_lightning.reporting.readers import Number, find_evaluations, read_comp
 from jsae_lightning.reporting.tables import number_text, table
 from report_fixtures import K, make_evaluation, make_graph, make_run, make_sweep
 from sweep_folders import make_job
+
+
+def write_pair(run, evaluated_weights, weights):
+    """Give a run an exported pair, and its evaluation the hash of the weights that were judged."""
+    (run / "sae_pair").mkdir()
+    (run / "sae_pair" / "config.json").write_text("{}")
+    (run / "sae_pair" / "model.safetensors").write_bytes(weights)
+    path = run / "eval" / "eval.json"
+    record = json.loads(path.read_text())
+    record["evaluation"]["pair_hash"] = hashlib.sha256(evaluated_weights).hexdigest()
+    path.write_text(json.dumps(record))
 
 
 @pytest.fixture(scope="module")
@@ -384,6 +396,31 @@ def test_the_explorer_stays_within_its_limit_and_says_so(root, tmp_path):
     assert any(re.match(r"the contexts of [0-9]+ latents", text) for text in left_out)
     everything = explorer_data(graph, tmp_path, max_bytes=10**7)["left_out"]
     assert not any("contexts" in text for text in everything)
+
+
+def test_pairs_that_were_trained_on_are_judged_again(tmp_path, monkeypatch, capsys):
+    """Without overrides too: the figures are of weights that are no more. What is up to date is left alone."""
+    for name in ("0", "1"):
+        make_job(tmp_path / name)
+        write_least(tmp_path / name / "eval", name).joinpath("eval.json").write_text(
+            json.dumps({"format_version": 1, "name": name, "pair": {}, "figures": {}, "evaluation": {}})
+        )
+    write_pair(tmp_path / "0", b"same", b"same")
+    write_pair(tmp_path / "1", b"earlier", b"later")
+    judged = []
+    functions = {
+        "evaluate": {"evaluate_folder": lambda folder, overrides: judged.append((folder, overrides))},
+        "comparison_files": {"compare_folders": lambda *_, **__: None},
+    }
+    for module, replaced in functions.items():
+        for name, function in replaced.items():
+            monkeypatch.setattr(f"jsae_lightning.{module}.{name}", function)
+    write_report(tmp_path, evaluate=False)
+    assert not judged
+    assert "1 was trained on after its evaluation" in (told := capsys.readouterr().out)
+    assert "0 was trained on" not in told
+    write_report(tmp_path)
+    assert judged == [(tmp_path / "1", [])]
 
 
 def test_numbers_and_sorting_keys():
