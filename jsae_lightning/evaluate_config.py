@@ -31,6 +31,7 @@ _POSITIVE = (
     "eval.batch_sequences", "num_threads",
 )  # fmt: skip
 _SAME_DATA = ("source", "path", "name", "config_name", "revision", "train_split")
+_HELD_OUT_BY = ("val_split", "streaming", "document_separator", "val_fraction")
 
 
 @dataclass
@@ -103,24 +104,49 @@ def compose_evaluation(
     return cfg
 
 
-def held_out_sequences(cfg: DictConfig, pair: dict[str, Any], context_length: int) -> tuple[int, str | None]:
+def held_out_sequences(cfg: DictConfig, pair: dict[str, Any], model_length: int) -> tuple[int, str | None]:
     """Return how many held-out sequences to ask for, and a remark if they cannot be all that the user wants.
 
-    ceil(eval.tokens / context_length), or data.val_sequences. A stream without a split of its own for validation has
-    held out the sequences at its start and trained on the next: of the data of training no more than those.
+    ceil(eval.tokens / data.context_length), or data.val_sequences. A stream without a split of its own for validation
+    has held out the tokens at its start and trained on the next: of the data of training no more than those.
+
+    Args:
+        cfg: the composed configuration.
+        pair: the export's `config.json`.
+        model_length: what a `data.context_length` of null stands for.
+
+    Raises:
+        UserError: of the data of training, others are asked for than training held out.
     """
-    if cfg.eval.tokens is None:
-        return cfg.data.val_sequences, None
-    wanted = -(-int(cfg.eval.tokens) // context_length)
+    length = cfg.data.context_length or model_length
+    asked, wanted = f"data.val_sequences: {cfg.data.val_sequences:,}", cfg.data.val_sequences
+    if cfg.eval.tokens is not None:
+        asked, wanted = f"eval.tokens: {int(cfg.eval.tokens):,}", -(-int(cfg.eval.tokens) // length)
     trained_on = pair.get("data", {})
     same = all(cfg.data[key] == trained_on.get(key) for key in _SAME_DATA)
-    if cfg.data.streaming and cfg.data.val_split is None and same and wanted > trained_on["val_sequences"]:
-        most = trained_on["val_sequences"]
-        return most, (
-            f"eval.tokens: {int(cfg.eval.tokens):,} asked for, but training held out the first {most} sequences "
-            f"({most * context_length:,} tokens) of this stream and learnt from the next: these are used"
+    if not same or cfg.data.val_split is not None:
+        return wanted, None
+    for key in _HELD_OUT_BY:
+        if cfg.data[key] != (trained := trained_on.get(key, cfg.data[key])):
+            raise UserError(
+                f"data.{key}: {cfg.data[key]}, but the pair was trained on these data with {trained}, so on some of "
+                "what would be held out now: leave it out, or judge other data"
+            )
+    if not cfg.data.streaming:
+        return wanted, None
+    tokens = trained_on["val_sequences"] * (trained_on.get("context_length") or model_length)
+    most = tokens // length
+    if not most:
+        raise UserError(
+            f"data.context_length: {length}, but training held out only the first {tokens:,} tokens of this stream: "
+            "lower it"
         )
-    return wanted, None
+    if wanted <= most:
+        return wanted, None
+    return most, (
+        f"{asked} asked for, but training held out the first {tokens:,} tokens of this stream and learnt from the "
+        f"next: {most} sequences of {length} tokens are used"
+    )
 
 
 def data_settings(cfg: DictConfig) -> dict[str, Any]:

@@ -47,8 +47,8 @@ def prepare_held_out(cfg: DictConfig, export: Path, pair_config: dict[str, Any])
     pair = load_pair(export, device=device)
     model = model_arguments(cfg)
     architecture = read_architecture(model["name_or_path"], revision=model["revision"], synthetic=model["synthetic"])
-    length = cfg.data.context_length or min(architecture.context_length, MAX_CONTEXT_LENGTH)
-    sequences, remark = held_out_sequences(cfg, pair_config, length)
+    model_length = min(architecture.context_length, MAX_CONTEXT_LENGTH)
+    sequences, remark = held_out_sequences(cfg, pair_config, model_length)
     data = ActivationDataModule(
         model=model_arguments(cfg),
         data=data_settings(cfg) | {"val_sequences": sequences},

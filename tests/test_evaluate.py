@@ -200,12 +200,54 @@ def test_a_stream_is_not_judged_on_what_it_was_trained_on(finished):
     wanted = ["eval.tokens=1600"]
     count, remark = held_out_sequences(compose_evaluation(finished, pair, wanted), pair, 16)
     assert count == 16
-    assert "learnt from the next" in remark
+    assert "learnt from the next" in remark and "eval.tokens: 1,600 asked for" in remark
     assert held_out_sequences(compose_evaluation(finished, pair, ["eval.tokens=100"]), pair, 16) == (7, None)
     other = compose_evaluation(finished, pair, [*wanted, "data.name=another"])
     assert held_out_sequences(other, pair, 16) == (100, None)
     own = compose_evaluation(finished, pair, [*wanted, "data.val_split=validation"])
     assert held_out_sequences(own, pair, 16) == (100, None)
+
+
+def test_a_stream_is_capped_in_tokens_without_eval_tokens_too(finished):
+    """Training held out 16 sequences of 16 tokens: 256 tokens, whatever the length and the number asked for."""
+    pair = read(finished / "sae_pair" / "config.json")
+    pair["data"] |= {"streaming": True, "source": "hub", "name": "x", "path": None, "document_separator": None}
+
+    def held_out(*overrides):
+        return held_out_sequences(compose_evaluation(finished, pair, overrides), pair, 32)
+
+    assert held_out() == (16, None)
+    count, remark = held_out("data.val_sequences=17")
+    assert count == 16 and remark.startswith("data.val_sequences: 17 asked for") and "first 256 tokens" in remark
+    assert held_out("data.context_length=24")[0] == 10
+    assert held_out("data.context_length=null")[0] == 8
+    assert held_out("data.context_length=8", "eval.tokens=256") == (32, None)
+    assert held_out("data.context_length=8", "eval.tokens=257")[0] == 32
+    assert held_out("data.context_length=24", "data.name=another") == (16, None)
+    with pytest.raises(UserError, match=r"data\.context_length: 257.*first 256 tokens"):
+        held_out("data.context_length=257")
+
+
+@pytest.mark.parametrize(
+    ("trained", "override"),
+    [
+        ({}, "data.val_fraction=0.5"),
+        ({"val_split": "validation"}, "data.val_split=null"),
+        ({"streaming": True}, "data.streaming=false"),
+        ({}, "data.document_separator=null"),
+    ],
+)
+def test_what_training_held_out_otherwise_is_refused(finished, trained, override):
+    pair = read(finished / "sae_pair" / "config.json")
+    pair["data"] |= {"source": "hub", "name": "x", "path": None, "document_separator": None} | trained
+    if "separator" in override:
+        here = str(finished / "metrics.json")
+        pair["data"] |= {"source": "text", "path": here, "name": None, "document_separator": "---"}
+    cfg = compose_evaluation(finished, pair, [override])
+    with pytest.raises(UserError, match=rf"{override.split('=')[0]}: .* but the pair was trained on these data"):
+        held_out_sequences(cfg, pair, 16)
+    pair["data"]["train_split"] = "another"
+    assert held_out_sequences(cfg, pair, 16) == (16, None)
 
 
 def test_every_part_has_a_function():
