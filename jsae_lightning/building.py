@@ -99,6 +99,7 @@ class Experiment:
             },
             "jacobian": dict(self.module.hparams["jacobian"]),
             "data": to_dict(self.cfg.data),
+            "evaluation": {"exclude_first_position": self.cfg.eval.exclude_first_position},
             "tokens_seen": int(self.module.tokens_seen),
             "seed": self.cfg.seed,
             "versions": package_versions(),

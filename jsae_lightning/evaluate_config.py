@@ -74,7 +74,7 @@ def compose_evaluation(
     stay those of training unless they are given.
 
     Args:
-        folder: the run's folder (or the export's), whose `.hydra/config.yaml`, if any, is read too.
+        folder: the run's folder (or the export's), whose `.hydra/config.yaml` is read if `pair` does not tell all.
         pair: the export's `config.json`.
         overrides: of `conf/eval.yaml`, in Hydra's notation.
         config_dirs: folders with the user's own presets.
@@ -93,7 +93,7 @@ def compose_evaluation(
     if any(override.startswith("data=") for override in overrides):
         kept = {key: value for key, value in pair.get("data", {}).items() if key in _OF_THE_SAES}
         defaults = [f"data.{key}={'null' if value is None else value}" for key, value in kept.items()]
-    if _judged_without_first(folder):
+    if _judged_without_first(folder, pair):
         defaults.append("eval.exclude_first_position=true")
     if config_dirs:
         paths = ", ".join(json.dumps(f"file://{Path(path).resolve()}") for path in config_dirs)
@@ -229,7 +229,11 @@ def _data_of_run(pair: dict[str, Any]) -> dict[str, Any]:
     return base | pair.get("data", {}) | _OF_TRAINING
 
 
-def _judged_without_first(folder: Path) -> bool:
-    """Whether the run's own evaluations left position 0 out; False where there is no run."""
-    path = folder / ".hydra" / "config.yaml"
+def _judged_without_first(folder: Path, pair: dict[str, Any]) -> bool:
+    """Whether the run's own evaluations left position 0 out; False where neither the export nor a run tells."""
+    if "evaluation" in pair:
+        return bool(pair["evaluation"]["exclude_first_position"])
+    resolved = folder.resolve()  # exports of earlier versions do not tell, but their run does
+    run = resolved.parent if resolved.name == "sae_pair" else resolved
+    path = run / ".hydra" / "config.yaml"
     return path.is_file() and bool(OmegaConf.select(OmegaConf.load(path), "eval.exclude_first_position"))

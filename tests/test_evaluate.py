@@ -250,6 +250,24 @@ def test_what_training_held_out_otherwise_is_refused(finished, trained, override
     assert held_out_sequences(cfg, pair, 16) == (16, None)
 
 
+def test_a_run_and_its_export_are_judged_at_the_same_positions(copy, tmp_path):
+    """By what the export tells, or for an older one by its run's own configuration."""
+    run, alone = copy / "sae_pair", tmp_path / "alone"
+    pair = read(run / "config.json")
+    assert pair["evaluation"] == {"exclude_first_position": False}
+    config = copy / ".hydra" / "config.yaml"
+    config.write_text(config.read_text().replace("exclude_first_position: false", "exclude_first_position: true"))
+
+    def excluded(folder):
+        return compose_evaluation(folder, pair, []).eval.exclude_first_position
+
+    assert [excluded(folder) for folder in (copy, run, alone)] == [False, False, False]
+    pair["evaluation"]["exclude_first_position"] = True
+    assert [excluded(folder) for folder in (copy, run, alone)] == [True, True, True]
+    del pair["evaluation"]
+    assert [excluded(folder) for folder in (copy, run, alone)] == [True, True, False]
+
+
 def test_every_part_has_a_function():
     from jsae_lightning import evaluate_config, evaluation_parts
 
