@@ -24,8 +24,8 @@ from jsae_lightning.atomic_files import atomic_folder
 from jsae_lightning.config import config_dir
 from jsae_lightning.errors import UserError
 from jsae_lightning.evaluate_config import (
-    chosen_settings,
     compose_evaluation,
+    covers,
     data_settings,
     parts,
     settings,
@@ -64,7 +64,8 @@ def evaluate_folder(folder: str | Path, overrides: Sequence[str] = (), *, config
     """Return the path of a pair's `eval.json`, evaluating the pair if there is none or it was made otherwise.
 
     Results count as made otherwise if the pair's weights have changed since, or a key that the overrides name had
-    another value; without overrides, all results of the pair count.
+    another value (for `eval.parts`: if a part that is asked for is missing); without overrides, all results of the pair
+    count.
 
     Args:
         folder: of a run or an exported pair.
@@ -83,8 +84,7 @@ def evaluate_folder(folder: str | Path, overrides: Sequence[str] = (), *, config
     path = Path(cfg.eval.out or folder / "eval") / EVAL_JSON
     if path.is_file() and (path.parent / "groups.safetensors").is_file():
         earlier = read_record(path)["evaluation"]
-        same = all(earlier["settings"].get(key) == value for key, value in chosen_settings(overrides, cfg).items())
-        if same and earlier["pair_hash"] == _file_hash(export / "model.safetensors"):
+        if covers(earlier, overrides, cfg) and earlier["pair_hash"] == _file_hash(export / "model.safetensors"):
             return path
     return evaluate(folder, overrides, config_dirs=config_dirs)
 

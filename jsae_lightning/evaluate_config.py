@@ -174,6 +174,18 @@ def chosen_settings(overrides: Sequence[str], cfg: DictConfig) -> dict[str, Any]
     }
 
 
+def covers(earlier: dict[str, Any], overrides: Sequence[str], cfg: DictConfig) -> bool:
+    """Whether results hold what is asked for: the same `chosen_settings`, and the parts among those measured.
+
+    `earlier` is `evaluation` in their `eval.json`.
+    """
+    asked = chosen_settings(overrides, cfg)
+    found = {key: earlier["settings"].get(key) for key in asked}
+    if "eval.parts" in asked and set(parts(cfg)) <= set(earlier["parts"]):
+        del asked["eval.parts"], found["eval.parts"]
+    return asked == found
+
+
 def parts(cfg: DictConfig) -> list[str]:
     """Return the parts to run, in their own order: those asked for, or all that make sense for the model."""
     if cfg.eval.parts is not None:

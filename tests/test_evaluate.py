@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import jsae_lightning.evaluate as program
 from jsae_lightning.errors import UserError
 from jsae_lightning.evaluate import evaluate_folder
-from jsae_lightning.evaluate_config import compose_evaluation, held_out_sequences
+from jsae_lightning.evaluate_config import compose_evaluation, covers, held_out_sequences
 from running import run, toy_overrides, train, write_documents
 from tiny_models import make_model_dir
 
@@ -134,6 +134,19 @@ def test_results_are_used_again_unless_something_else_is_asked_for(copy):
     save_file(tensors, weights)
     evaluate_folder(copy)
     assert path.stat().st_mtime_ns > made
+
+
+def test_results_with_more_parts_than_asked_for_are_used_again(copy):
+    path = evaluate_folder(copy, ["eval.tokens=64", "eval.parts=[figures,graph]"])
+    made = path.stat().st_mtime_ns
+    for parts in ("[graph,figures]", "[figures]"):
+        assert evaluate_folder(copy, ["eval.tokens=64", f"eval.parts={parts}"]) == path
+    assert path.stat().st_mtime_ns == made
+    assert (path.parent / "graph" / "edges.parquet").is_file()
+    record = read(path)["evaluation"]
+    pair = read(copy / "sae_pair" / "config.json")
+    for words in (["eval.parts=[fidelity]"], ["eval.parts=null"], ["eval.parts=[figures]", "eval.tokens=65"]):
+        assert not covers(record, words, compose_evaluation(copy, pair, words))
 
 
 def test_more_tokens_than_are_held_out(copy, caplog):
