@@ -212,12 +212,21 @@ def _results_folder(target: Path) -> Iterator[Path]:
 
 
 def _keep_explanations(target: Path, temporary: Path, pair_hash: str) -> None:
-    """Carry explanations of latents over to the new results of the same pair: others have paid for them."""
-    from jsae_lightning.evaluation_files import EVAL_JSON, read_record
+    """Carry explanations of latents over to the new results, unless they are known to be of another pair.
 
-    earlier = target / "autointerp"
-    if earlier.is_dir() and read_record(target / EVAL_JSON)["evaluation"]["pair_hash"] == pair_hash:
-        shutil.copytree(earlier, temporary / "autointerp", dirs_exist_ok=True)
+    Others have paid for them. They may have been made before any results, or the earlier results may be damaged.
+    """
+    from jsae_lightning.evaluation_files import EVAL_JSON, EXPLANATIONS, read_record
+
+    earlier = target / EXPLANATIONS
+    if not earlier.is_dir():
+        return
+    try:
+        explained = read_record(target / EVAL_JSON)["evaluation"]["pair_hash"]
+    except (UserError, KeyError, TypeError):
+        explained = pair_hash
+    if explained == pair_hash:
+        shutil.copytree(earlier, temporary / EXPLANATIONS, dirs_exist_ok=True)
 
 
 def _file_hash(path: Path) -> str:

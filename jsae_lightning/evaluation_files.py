@@ -15,6 +15,8 @@ from jsae_lightning.jackknife import Figure
 
 FORMAT_VERSION = 1
 EVAL_JSON = "eval.json"
+EXPLANATIONS = "autointerp"
+"""The folder in that of an evaluation that `autointerp` writes to."""
 
 
 def write_evaluation(folder: Path, record: dict[str, Any], result: PartResult) -> None:
@@ -74,10 +76,14 @@ def finite(value: Any) -> Any:
 
 
 def check_output(folder: Path) -> None:
-    """Raise UserError if writing the results would replace a folder of something else."""
+    """Raise UserError if writing the results would replace a folder of something else.
+
+    Explanations of latents, which may be there before any results, are no such thing: they are kept.
+    """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"eval.out: '{folder}' is a file: give the name of a folder for the results")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / EVAL_JSON).is_file():
+    others = folder.is_dir() and any(entry.name != EXPLANATIONS for entry in folder.iterdir())
+    if others and not (folder / EVAL_JSON).is_file():
         raise UserError(f"eval.out: '{folder}' holds other files, and no results to replace: give another folder")
 
 

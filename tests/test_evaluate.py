@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import jsae_lightning.evaluate as program
 from jsae_lightning.errors import UserError
-from jsae_lightning.evaluate import evaluate_folder
+from jsae_lightning.evaluate import evaluate, evaluate_folder
 from jsae_lightning.evaluate_config import compose_evaluation, covers, held_out_sequences
 from running import run, toy_overrides, train, write_documents
 from tiny_models import make_model_dir
@@ -204,6 +204,26 @@ def test_results_stay_when_an_evaluation_fails(copy, monkeypatch):
     evaluate_folder(copy, ["eval.tokens=128"])
     assert read(path)["evaluation"]["sequences"] == 8
     assert (copy / "eval" / "autointerp" / "scores.jsonl").read_text() == "{}\n"  # of the same pair
+
+
+@pytest.mark.parametrize("record", [None, "{", '{"format_version": 1}', '{"format_version": 1, "evaluation": []}'])
+def test_explanations_without_readable_results_are_kept(record, copy):
+    """As `jsae-autointerp` leaves them before the first evaluation, or beside a damaged one."""
+    (copy / "eval" / "autointerp").mkdir(parents=True)
+    (copy / "eval" / "autointerp" / "input.jsonl").write_text("{}\n")
+    if record is not None:
+        (copy / "eval" / "eval.json").write_text(record)
+    path = evaluate(copy, ["eval.tokens=16", "eval.parts=[figures]"])
+    assert read(path)["evaluation"]["tokens"] == 16
+    assert (copy / "eval" / "autointerp" / "input.jsonl").read_text() == "{}\n"
+
+
+def test_explanations_of_another_pair_are_not_kept(copy):
+    path = evaluate(copy, ["eval.tokens=16", "eval.parts=[figures]"])
+    (copy / "eval" / "autointerp").mkdir()
+    path.write_text(path.read_text().replace(read(path)["evaluation"]["pair_hash"], "0" * 64))
+    evaluate(copy, ["eval.tokens=16", "eval.parts=[figures]"])
+    assert not (copy / "eval" / "autointerp").exists()
 
 
 def test_a_stream_is_not_judged_on_what_it_was_trained_on(finished):
