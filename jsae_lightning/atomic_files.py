@@ -3,12 +3,14 @@
 import errno
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from jsae_lightning.errors import UserError
+from jsae_lightning.processes import is_alive
 
 
 @contextmanager
@@ -33,7 +35,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success it takes the place of `path` and of all that it held."""
     with _clear_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f"{_own_prefix(path)}{os.getpid()}.", suffix=".tmp", dir=path.parent))
         try:
             yield temporary
             for file in temporary.rglob("*"):
@@ -51,9 +53,31 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files and folders that a killed process left in `folder`."""
-    for path in [*folder.glob(".*.tmp"), *folder.glob(".*.old")]:
+def remove_stale_folders(path: Path) -> None:
+    """Remove the temporary folders of `atomic_folder(path)` whose process, one of this machine, lives no more.
+
+    Those of other machines, of which that cannot be known, and those that are being written stay.
+    """
+    if not path.parent.is_dir():
+        return
+    prefix = _own_prefix(path)
+    for folder in path.parent.iterdir():
+        pid = folder.name.removeprefix(prefix).split(".")[0]
+        is_temporary = folder.name.startswith(prefix) and folder.suffix == ".tmp" and pid.isdigit()
+        if is_temporary and not is_alive(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _own_prefix(path: Path) -> str:
+    return f".{path.name}.{socket.gethostname()}."
+
+
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Remove the temporary files and folders that a killed process left in `folder`, of all or of one final name.
+
+    To be used where no other process writes to what is named so.
+    """
+    for path in [*folder.glob(f".{name}.*tmp"), *folder.glob(f".{name}.*old")]:
         if path.is_dir():
             shutil.rmtree(path)
         else:

@@ -73,7 +73,8 @@ class Experiment:
 
     def export(self) -> None:
         """Write the pair to `sae_pair/`."""
-        remove_leftovers(self.folder)
+        for name in ("sae_pair", "metrics.json"):  # not those of an evaluation of the run, which may be going on
+            remove_leftovers(self.folder, name)
         save_pair(self.module.pair, self.folder / "sae_pair", metadata=self._metadata())
 
     def report(self, metrics: dict[str, float]) -> None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jsae_lightning.atomic_files import atomic_folder
+from jsae_lightning.atomic_files import atomic_folder, remove_stale_folders
 from jsae_lightning.config import config_dir
 from jsae_lightning.errors import UserError
 from jsae_lightning.evaluate_config import (
@@ -100,7 +100,7 @@ def evaluate(
     from jsae_lightning.checkpoint import find_export, read_pair_config
     from jsae_lightning.distributed import rank_and_world_size
     from jsae_lightning.evaluation_files import EVAL_JSON, check_output, write_evaluation
-    from jsae_lightning.evaluation_parts import Task, merge, run_part
+    from jsae_lightning.evaluation_parts import Task, merge, run_part, runnable_parts
     from jsae_lightning.evaluation_setup import prepare_held_out
     from jsae_lightning.jackknife import document_groups
 
@@ -110,6 +110,8 @@ def evaluate(
     cfg = compose_evaluation(folder, pair_config, overrides, config_dirs)
     target = Path(out or cfg.eval.out or folder / "eval")
     check_output(target)
+    if is_rank_zero():
+        remove_stale_folders(target)
     prepared = prepare_held_out(cfg, export, pair_config)
     held_out = prepared.held_out
     groups = document_groups(held_out.document, cfg.eval.groups)
@@ -127,7 +129,10 @@ def evaluate(
             contexts=cfg.eval.contexts,
             top_edges=cfg.eval.top_edges,
         )
-        for name in parts(cfg):
+        names, left_out = runnable_parts(parts(cfg), task, are_chosen=cfg.eval.parts is not None)
+        if left_out is not None and is_rank_zero():
+            log.warning(left_out)
+        for name in names:
             start = time.monotonic()
             results[name] = run_part(name, task)
             seconds[name] = round(time.monotonic() - start, 3)
@@ -146,8 +151,8 @@ def evaluate(
                 "ranks": world_size,
                 "device": str(prepared.device),
                 "data": data_settings(cfg),
-                "parts": parts(cfg),
-                "remark": prepared.remark,
+                "parts": names,
+                "remark": "; ".join(filter(None, (prepared.remark, left_out))) or None,
                 "settings": settings(cfg),
                 "pair_hash": _file_hash(export / "model.safetensors"),
                 "tokens_hash": _tokens_hash(held_out, groups, limit),

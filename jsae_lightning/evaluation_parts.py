@@ -1,10 +1,11 @@
 """The parts of an evaluation: each measures a pair on the same held-out tokens, and all end up in one folder.
 
-To add one, add its name to `evaluate_config.PARTS` and its function to `PART_FUNCTIONS`.
+To add one, add its name to `evaluate_config.PARTS` and its function to `PART_FUNCTIONS`; what it needs of the task is
+checked by `runnable_parts`, before the first part runs.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from torch import Tensor
 from jsae_lightning.distributed import rank_and_world_size
 from jsae_lightning.evaluation_progress import EvaluationProgress
 from jsae_lightning.fidelity import run_fidelity
-from jsae_lightning.graph import run_graph
+from jsae_lightning.fidelity.run import MIN_SEQUENCES, make_plan, usable_sequences
+from jsae_lightning.graph import check_graph, run_graph
 from jsae_lightning.ground_truth import run_ground_truth
-from jsae_lightning.grouped_evaluation import evaluate_groups, heat_maps
+from jsae_lightning.grouped_evaluation import check_included, evaluate_groups, heat_maps
 from jsae_lightning.held_out import HeldOut
 from jsae_lightning.jackknife import Figure
 from jsae_lightning.jacobians import EdgePenalty
@@ -41,6 +43,11 @@ class Task:
     contexts: int
     """Contexts of each latent and, half as many, of each top edge."""
     top_edges: int
+
+    @property
+    def edge_contexts(self) -> int:
+        """Contexts of each top edge."""
+        return max(1, self.contexts // 2)
 
 
 @dataclass
@@ -101,7 +108,7 @@ def measure_graph(task: Task) -> PartResult:
         tokens=task.jacobian_tokens,
         top_edges=task.top_edges,
         contexts=task.contexts,
-        edge_contexts=max(1, task.contexts // 2),
+        edge_contexts=task.edge_contexts,
     )
     return PartResult(figures={name: Figure(value, math.nan) for name, value in figures.items()})
 
@@ -122,6 +129,28 @@ PART_FUNCTIONS: dict[str, Part] = {
     "graph": measure_graph,
     "ground_truth": measure_ground_truth,
 }
+
+
+def runnable_parts(names: Sequence[str], task: Task, *, are_chosen: bool) -> tuple[list[str], str | None]:
+    """Return the parts that can run, and a remark if one is left out; so no part fails after another has run.
+
+    Fidelity is left out where there are too few sequences for it, unless the user has chosen the parts (`are_chosen`).
+
+    Raises:
+        UserError: what any of the parts would raise of the task.
+    """
+    held_out, runnable = task.held_out, list(names)
+    remark: str | None = None
+    check_included(held_out)
+    if "fidelity" in runnable and not are_chosen and (count := len(usable_sequences(held_out))) < MIN_SEQUENCES:
+        runnable.remove("fidelity")
+        remark = f"fidelity is left out: it needs {MIN_SEQUENCES} sequences or more, and {count} is judged"
+    if "fidelity" in runnable:
+        make_plan(held_out, task.groups, task.fidelity_tokens, task.curve_sequences)
+    if "graph" in runnable:
+        numbers = {"top_edges": task.top_edges, "contexts": task.contexts, "edge_contexts": task.edge_contexts}
+        check_graph(held_out, task.jacobian_tokens, **numbers)
+    return runnable, remark
 
 
 def run_part(name: str, task: Task) -> PartResult:

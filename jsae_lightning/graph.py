@@ -79,7 +79,7 @@ def run_graph(
     Raises:
         UserError: `held_out.at` is unknown, a number is below its minimum, no token is counted.
     """
-    mask = _check(held_out, tokens, top_edges=top_edges, contexts=contexts, edge_contexts=edge_contexts)
+    mask = check_graph(held_out, tokens, top_edges=top_edges, contexts=contexts, edge_contexts=edge_contexts)
     rank, _ = rank_and_world_size()
     pair, target = held_out.pair, folder / "graph"
     parts = target / ".parts"
@@ -107,7 +107,8 @@ def run_graph(
     return summary.figures
 
 
-def _check(held_out: HeldOut, tokens: int | None, **numbers: int) -> Bool[Tensor, "sequences seq"]:
+def check_graph(held_out: HeldOut, tokens: int | None, **numbers: int) -> Bool[Tensor, "sequences seq"]:
+    """Return the mask of the tokens that `run_graph` counts; arguments and errors are its own."""
     if held_out.at not in JACOBIAN_AT:
         raise UserError(f"jacobian.at: '{held_out.at}' is not known: choose one of {', '.join(JACOBIAN_AT)}")
     for name, number in numbers.items():

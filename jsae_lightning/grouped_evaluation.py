@@ -67,8 +67,7 @@ def evaluate_groups(
     Raises:
         UserError: no position is included.
     """
-    if not held_out.included.any():
-        raise UserError(f"data: none of the {held_out.tokens.numel()} held-out positions is included: exclude fewer")
+    check_included(held_out)
     sums = all_reduce_sum(
         group_sums(
             held_out,
@@ -80,6 +79,12 @@ def evaluate_groups(
         )
     )
     return _summarize_groups({key: value.cpu() for key, value in sums.items()}, held_out.at)
+
+
+def check_included(held_out: HeldOut) -> None:
+    """Raise UserError if no position is included."""
+    if not held_out.included.any():
+        raise UserError(f"data: none of the {held_out.tokens.numel()} held-out positions is included: exclude fewer")
 
 
 @torch.no_grad()

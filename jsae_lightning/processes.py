@@ -36,7 +36,8 @@ def _place() -> str:
     return f"{socket.gethostname()}:{os.environ.get('SLURM_JOB_ID', '')}"
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether there is a process of this number on this machine, whoever's it is."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -47,7 +48,7 @@ def _is_alive(pid: int) -> bool:
 
 
 def _watch(parent: int, starter: int) -> None:
-    while _is_alive(parent) and os.getppid() == starter:
+    while is_alive(parent) and os.getppid() == starter:
         time.sleep(_SECONDS_BETWEEN_LOOKS)
     print(f"the process that started this one (pid {parent}) is gone: ending", file=sys.stderr, flush=True)
     os._exit(1)

@@ -2,18 +2,29 @@
 
 import json
 import math
+import os
 import shutil
+import socket
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 import jsae_lightning.evaluate as program
+from held_out_factory import make_held_out
+from jsae_lightning.atomic_files import atomic_folder, remove_stale_folders
+from jsae_lightning.building import Experiment
 from jsae_lightning.errors import UserError
 from jsae_lightning.evaluate import evaluate, evaluate_folder
 from jsae_lightning.evaluate_config import compose_evaluation, covers, held_out_sequences
+from jsae_lightning.evaluation_parts import Task, runnable_parts
+from jsae_lightning.jacobians import edge_penalty
+from jsae_lightning.penalties import make_penalty
 from running import run, toy_overrides, train, write_documents
 from tiny_models import make_model_dir
 
@@ -299,6 +310,72 @@ def test_a_run_and_its_export_are_judged_at_the_same_positions(copy, tmp_path):
     assert [excluded(folder) for folder in (copy, run, alone)] == [True, True, True]
     del pair["evaluation"]
     assert [excluded(folder) for folder in (copy, run, alone)] == [True, True, False]
+
+
+def test_fidelity_is_left_out_where_sequences_are_too_few(copy, caplog):
+    record = read(evaluate_folder(copy, ["eval.tokens=16", "eval.contexts=1"]))
+    assert record["evaluation"]["parts"] == ["figures", "graph"]
+    assert "fidelity is left out" in record["evaluation"]["remark"]
+    assert any("fidelity is left out" in message for message in caplog.messages)
+    assert "graph/edges" in record["figures"] and not any(key.startswith("fidelity") for key in record["figures"])
+
+
+def test_what_a_part_needs_is_checked_before_the_first_one_runs(copy, monkeypatch):
+    monkeypatch.setattr("jsae_lightning.evaluation_parts.run_part", lambda name, task: pytest.fail(f"{name} has run"))
+    with pytest.raises(UserError, match="fidelity needs 2 or more"):
+        evaluate_folder(copy, ["eval.tokens=16", "eval.parts=[figures,fidelity]"])
+    assert not (copy / "eval").exists()
+
+
+def test_the_graph_s_needs_are_checked_first_too():
+    held_out = make_held_out(at="nowhere")
+    task = Task(
+        held_out, held_out.document, jacobian_tokens=None, penalty=edge_penalty(make_penalty("l1"), "jacobian"),
+        folder=Path(), fidelity_tokens=9, curve_sequences=2, contexts=8, top_edges=9,
+    )  # fmt: skip
+    for name in ("fidelity", "graph"):
+        with pytest.raises(UserError, match=r"jacobian\.at: 'nowhere'"):
+            runnable_parts(["figures", name], task, are_chosen=True)
+    assert runnable_parts(["figures"], task, are_chosen=True) == (["figures"], None)
+
+
+def test_folders_of_killed_evaluations_are_removed_and_running_ones_stay(copy):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    host = socket.gethostname()
+    stale, running, elsewhere, other = (
+        copy / f".{name}.tmp"
+        for name in (
+            f"eval.{host}.{ended.pid}.abc", f"eval.{host}.{os.getppid()}.abc", f"eval.not{host}.{ended.pid}.abc",
+            f"another.{host}.{ended.pid}.abc",
+        )
+    )  # fmt: skip
+    for folder in (stale, running, elsewhere, other):
+        folder.mkdir()
+        (folder / "eval.json").write_text("{}")
+    seen = []
+    with atomic_folder(copy / "eval") as temporary:  # another evaluation, of a living process
+        evaluate(copy, ["eval.tokens=16", "eval.parts=[figures]", f"eval.out={copy / 'second'}"])
+        assert not (copy / "second" / "graph").exists() and stale.is_dir()
+        remove_stale_folders(copy / "eval")
+        seen = [folder.is_dir() for folder in (temporary, stale, running, elsewhere, other)]
+    assert seen == [True, False, True, True, True]
+    stale.mkdir()
+    evaluate(copy, ["eval.tokens=16", "eval.parts=[figures]"])
+    assert not stale.exists()
+
+
+def test_an_export_leaves_a_running_evaluation_alone(tmp_path, monkeypatch):
+    experiment = Experiment.__new__(Experiment)
+    experiment.cfg = OmegaConf.create({"paths": {"output_dir": str(tmp_path)}})
+    experiment.module = SimpleNamespace(pair=make_held_out().pair)
+    monkeypatch.setattr(Experiment, "_metadata", lambda self: {})
+    (tmp_path / ".sae_pair.killed.tmp").mkdir()
+    with atomic_folder(tmp_path / "eval") as temporary:
+        experiment.export()
+        (temporary / "eval.json").write_text("{}")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"eval", "sae_pair"}
+    assert (tmp_path / "eval" / "eval.json").is_file()
 
 
 def test_every_part_has_a_function():

@@ -116,11 +116,11 @@ def test_a_process_ends_with_its_parent_and_only_with_its_own(tmp_path):
     )
     pid = int(process.stdout.readline())
     time.sleep(1.5)
-    assert processes._is_alive(pid) and process.poll() is None
+    assert processes.is_alive(pid) and process.poll() is None
     process.kill()
     process.wait()
     end = time.monotonic() + 20
-    while processes._is_alive(pid) and open(f"/proc/{pid}/stat").read().split()[2] != "Z":  # noqa: PTH123, SIM115
+    while processes.is_alive(pid) and open(f"/proc/{pid}/stat").read().split()[2] != "Z":  # noqa: PTH123, SIM115
         assert time.monotonic() < end
         time.sleep(0.1)
 

@@ -19,6 +19,7 @@ from jsae_lightning.jacobians import JACOBIAN_AT
 from jsae_lightning.metrics import Sums, without_prefix
 
 EXAMPLES_PER_CLASS = 6
+MIN_SEQUENCES = 2
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,12 @@ def make_plan(held_out: HeldOut, groups: Int[Tensor, "sequences seq"], tokens: i
             raise UserError(
                 f"fidelity.{name}: {number} is below 1: give at least 1, or leave this part out (eval.parts)"
             )
-    usable = held_out.included.any(dim=1).nonzero()[:, 0].tolist()
-    if len(usable) < 2:
+    usable = usable_sequences(held_out)
+    if len(usable) < MIN_SEQUENCES:
         raise UserError(
-            f"data: {len(usable)} held-out sequences have included positions: fidelity needs 2 or more, some for the "
-            "graph's means and others for the curves: judge more tokens, or leave it out by eval.parts=[figures,graph]"
+            f"data: {len(usable)} held-out sequences have included positions: fidelity needs {MIN_SEQUENCES} or more, "
+            "some for the graph's means and others for the curves: judge more tokens, or leave it out by "
+            "eval.parts=[figures,graph]"
         )
     for_curves = [usable[index] for index in spread(len(usable), min(curve_sequences, len(usable) // 2))]
     taken = set(for_curves)
@@ -112,6 +114,12 @@ def make_plan(held_out: HeldOut, groups: Int[Tensor, "sequences seq"], tokens: i
     mask[for_pairs] = held_out.included[for_pairs]
     mask &= mask.flatten().cumsum(0).view_as(mask) <= tokens
     return Plan(held_out, groups, [s for s in for_pairs if mask[s].any()], mask, for_curves)
+
+
+def usable_sequences(held_out: HeldOut) -> list[int]:
+    """Return the sequences with included positions, of which `run_fidelity` needs MIN_SEQUENCES."""
+    numbers: list[int] = held_out.included.any(dim=1).nonzero()[:, 0].tolist()
+    return numbers
 
 
 def pair_figures(sums: Sums) -> dict[str, float]:
