@@ -139,17 +139,18 @@ def runnable_parts(names: Sequence[str], task: Task, *, are_chosen: bool) -> tup
     Raises:
         UserError: what any of the parts would raise of the task.
     """
-    held_out, names, remark = task.held_out, list(names), None
+    held_out, runnable = task.held_out, list(names)
+    remark: str | None = None
     check_included(held_out)
-    if "fidelity" in names and not are_chosen and (count := len(usable_sequences(held_out))) < MIN_SEQUENCES:
-        names.remove("fidelity")
+    if "fidelity" in runnable and not are_chosen and (count := len(usable_sequences(held_out))) < MIN_SEQUENCES:
+        runnable.remove("fidelity")
         remark = f"fidelity is left out: it needs {MIN_SEQUENCES} sequences or more, and {count} is judged"
-    if "fidelity" in names:
+    if "fidelity" in runnable:
         make_plan(held_out, task.groups, task.fidelity_tokens, task.curve_sequences)
-    if "graph" in names:
+    if "graph" in runnable:
         numbers = {"top_edges": task.top_edges, "contexts": task.contexts, "edge_contexts": task.edge_contexts}
         check_graph(held_out, task.jacobian_tokens, **numbers)
-    return names, remark
+    return runnable, remark
 
 
 def run_part(name: str, task: Task) -> PartResult:

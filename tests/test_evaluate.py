@@ -23,6 +23,8 @@ from jsae_lightning.errors import UserError
 from jsae_lightning.evaluate import evaluate, evaluate_folder
 from jsae_lightning.evaluate_config import compose_evaluation, covers, held_out_sequences
 from jsae_lightning.evaluation_parts import Task, runnable_parts
+from jsae_lightning.jacobians import edge_penalty
+from jsae_lightning.penalties import make_penalty
 from running import run, toy_overrides, train, write_documents
 from tiny_models import make_model_dir
 
@@ -283,7 +285,8 @@ def test_what_training_held_out_otherwise_is_refused(finished, trained, override
     pair = read(finished / "sae_pair" / "config.json")
     pair["data"] |= {"source": "hub", "name": "x", "path": None, "document_separator": None} | trained
     if "separator" in override:
-        pair["data"] |= {"source": "text", "path": str(finished / "metrics.json"), "document_separator": "---"}
+        here = str(finished / "metrics.json")
+        pair["data"] |= {"source": "text", "path": here, "name": None, "document_separator": "---"}
     cfg = compose_evaluation(finished, pair, [override])
     with pytest.raises(UserError, match=rf"{override.split('=')[0]}: .* but the pair was trained on these data"):
         held_out_sequences(cfg, pair, 16)
@@ -327,8 +330,8 @@ def test_what_a_part_needs_is_checked_before_the_first_one_runs(copy, monkeypatc
 def test_the_graph_s_needs_are_checked_first_too():
     held_out = make_held_out(at="nowhere")
     task = Task(
-        held_out, held_out.document, jacobian_tokens=None, penalty=None, folder=Path(), fidelity_tokens=9,
-        curve_sequences=2, contexts=8, top_edges=9,
+        held_out, held_out.document, jacobian_tokens=None, penalty=edge_penalty(make_penalty("l1"), "jacobian"),
+        folder=Path(), fidelity_tokens=9, curve_sequences=2, contexts=8, top_edges=9,
     )  # fmt: skip
     for name in ("fidelity", "graph"):
         with pytest.raises(UserError, match=r"jacobian\.at: 'nowhere'"):
@@ -461,7 +464,7 @@ def test_a_comparison_evaluates_what_is_not_evaluated_yet(copy, tmp_path, monkey
     capsys.readouterr()
     assert call(monkeypatch, "--compare", copy, tmp_path / "baseline", "eval.tokens=64") == 0
     printed = capsys.readouterr().out
-    assert "run against baseline: no difference beyond 2 standard errors" in printed
+    assert "run is no sparser than baseline beyond shrinkage" in printed
     assert (copy / "eval" / "eval.json").stat().st_mtime_ns == made
     record = read(tmp_path / "comparison" / "comparison.json")
     assert [run["baseline"] for run in record["runs"]] == ["baseline", None]
@@ -470,7 +473,7 @@ def test_a_comparison_evaluates_what_is_not_evaluated_yet(copy, tmp_path, monkey
     ]
     (matched,) = record["shrink_matched"]
     assert (matched["scale"], matched["paired"]) == (1.0, True)
-    assert "no difference beyond" in (tmp_path / "comparison" / "comparison.md").read_text()
+    assert "no sparser" in (tmp_path / "comparison" / "comparison.md").read_text()
     assert call(monkeypatch, "--compare", copy, tmp_path / "baseline", "--out", tmp_path / "elsewhere") == 0
     assert (tmp_path / "elsewhere" / "comparison.json").is_file()
 
