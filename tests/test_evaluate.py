@@ -460,9 +460,9 @@ def test_a_comparison_evaluates_what_is_not_evaluated_yet(copy, tmp_path, monkey
     config = read(path)
     config["jacobian"]["coef"] = 0.0
     path.write_text(json.dumps(config))
-    made = evaluate_folder(copy, ["eval.tokens=64"]).stat().st_mtime_ns
+    made = evaluate_folder(copy, ["eval.tokens=160"]).stat().st_mtime_ns
     capsys.readouterr()
-    assert call(monkeypatch, "--compare", copy, tmp_path / "baseline", "eval.tokens=64") == 0
+    assert call(monkeypatch, "--compare", copy, tmp_path / "baseline", "eval.tokens=160") == 0
     printed = capsys.readouterr().out
     assert "run is no sparser than baseline beyond shrinkage" in printed
     assert (copy / "eval" / "eval.json").stat().st_mtime_ns == made

@@ -347,6 +347,47 @@ def test_trade_off_places_runs(root):
     assert not figures_tradeoff.can_draw(runs[1:], figures_tradeoff.SHARE)  # of one weight
 
 
+def varied(run, name, coef, *, model=None, k=None, **jacobian):
+    from dataclasses import replace
+
+    pair = json.loads(json.dumps(run.pair))
+    pair["jacobian"] |= {"coef": coef} | jacobian
+    pair["model"] |= {"mlp_hash": model} if model else {}
+    pair["input_sae"] |= {"k": k} if k else {}
+    return replace(run, name=name, pair=pair)
+
+
+def test_lines_join_runs_of_one_penalty_on_one_model(root):
+    run = read_runs(find_evaluations(root / "sweep"))[0]
+    runs = [
+        varied(run, "hoyer 2", 2.0, penalty="hoyer"),
+        varied(run, "none", 0.0),
+        varied(run, "l1 1", 1.0),
+        varied(run, "hoyer 1", 1.0, penalty="hoyer"),
+        varied(run, "contribution", 1.0, edges="contribution"),
+    ]
+    names = {label: [run.name for run in line] for label, line in figures_tradeoff.lines_of(runs).items()}
+    assert names == {
+        "l1": ["none", "l1 1"],
+        "hoyer": ["none", "hoyer 1", "hoyer 2"],
+        "l1, edges=contribution": ["none", "contribution"],
+    }
+    apart = [
+        varied(run, "at", 1.0, at="reconstruction"),
+        varied(run, "model", 1.0, model="1" * 64),
+        varied(run, "k", 1.0, k=4),
+        varied(run, "alone", 0.0, k=2),
+    ]
+    lines = figures_tradeoff.lines_of([*runs, *apart])
+    assert sorted([run.name for run in line] for line in lines.values())[:4] == [["alone"], ["at"], ["k"], ["model"]]
+    assert any(label.endswith("k=4: l1") for label in lines)
+    axes = figures_tradeoff.trade_off(runs, figures_tradeoff.EFFECTIVE).axes[0]
+    drawn = sorted(len(container.lines[0].get_xdata()) for container in axes.containers)
+    assert drawn == sorted(3 * [len(line) for line in figures_tradeoff.lines_of(runs).values()])
+    legend = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert legend == ["l1", "hoyer", "l1, edges=contribution", "both SAEs", "input SAE", "output SAE"]
+
+
 def test_heat_maps_normalised_do_not_depend_on_scale(root):
     from dataclasses import replace
 

@@ -1,12 +1,16 @@
 """Figures of a sweep over the penalty's weight: what sparsity costs."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jsae_lightning.reporting.readers import Judged
-from jsae_lightning.reporting.style import COLORS, MARKERS, legend, new_figure, plain, styled
+from jsae_lightning.frontier import penalty_name
+from jsae_lightning.reporting.readers import Judged, unique_names
+from jsae_lightning.reporting.style import COLORS, LINES, MARKERS, legend, new_figure, plain, styled
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SHARE = "jacobian/share_above_0.01"
@@ -44,43 +48,73 @@ def plotted(runs: Sequence[Judged], key: str) -> list[Judged]:
     return sorted(known, key=lambda run: run.coef or 0.0)
 
 
+def lines_of(runs: Sequence[Judged]) -> dict[str, list[Judged]]:
+    """Return what a line may join, by label: runs that share MLP, k, penalty, `at` and edges, by weight.
+
+    A run without a penalty begins the lines of every penalty on its MLP, k and `at`, or has one of its own where there
+    is none. The label names the penalty, and the model and k where they differ.
+    """
+    ordered = sorted(runs, key=lambda run: run.coef or 0.0)
+    bases = list(dict.fromkeys(_base(run) for run in ordered))
+    lines: dict[tuple[Any, ...], list[Judged]] = {}
+    for run in ordered:
+        if run.coef:
+            lines.setdefault((_base(run), _penalty(run)), []).append(run)
+    for base in bases:
+        start = [run for run in ordered if not run.coef and _base(run) == base]
+        own = [key for key in lines if key[0] == base]
+        for key in own:
+            lines[key] = [*start, *lines[key]]
+        if start and not own:
+            lines[(base, "no penalty")] = start
+    labels = [penalty if len(bases) == 1 else f"{_model(members[-1])}: {penalty}"
+              for (_, penalty), members in lines.items()]  # fmt: skip
+    return dict(zip(unique_names(labels), lines.values(), strict=True))
+
+
 @styled
 def trade_off(runs: Sequence[Judged], key: str) -> "Figure":
-    """Two panels, CE score and explained variance, against sparsity; points of a curve are labelled by the weight."""
-    figure, axes_list = new_figure(2, 1, height=8.2)
+    """Two panels, CE score and explained variance, against sparsity; points are labelled by the weight.
+
+    One line per `lines_of`, never across penalties: a single one has a colour for each quality, several have a colour
+    or dash each and a marker for each quality. Runs on random models are hollow and joined by nothing.
+    """
     chosen = plotted(runs, key)
+    lines = lines_of([run for run in chosen if not run.is_random])
+    drawn = [run for run in chosen if run.is_random]
+    figure, axes_list = new_figure(2, 1, height=8.2 + 0.3 * max(0, len(lines) - 1))
     for axes, (title, series) in zip(axes_list, QUALITIES, strict=True):
         for number, (quality, label) in enumerate(series):
-            points = [
-                (place, height, run)
-                for run in chosen
-                if (place := sparsity(run, key)) is not None and (height := run.mean(quality)) is not None
-            ]
-            if not points:
-                continue
-            real = [point for point in points if not point[2].is_random]
-            style: dict[str, Any] = {"color": COLORS[number], "marker": MARKERS[number]}
-            axes.errorbar(
-                [p[0] for p in real],
-                [p[1] for p in real],
-                xerr=[_error(run, key) for _, _, run in real],
-                yerr=[run.error(quality) or 0.0 for _, _, run in real],
-                label=label,
-                **style,
-            )
-            drawn = [point for point in points if point[2].is_random]
-            if drawn:
+            look: dict[str, Any] = {"marker": MARKERS[number]}
+            for row, (name, members) in enumerate(lines.items()):
+                points = _places(members, key, quality)
+                if not points:
+                    continue
+                if len(lines) > 1:
+                    look |= _line_look(row)
+                else:
+                    look |= {"color": COLORS[number]}
+                axes.errorbar(
+                    [x for x, _, _ in points],
+                    [y for _, y, _ in points],
+                    xerr=[_error(run, key) for _, _, run in points],
+                    yerr=[run.error(quality) or 0.0 for _, _, run in points],
+                    label=f"{name}, {label}" if len(lines) > 1 else label,
+                    **look,
+                )
+            if hollow := _places(drawn, key, quality):
                 axes.plot(
-                    [p[0] for p in drawn],
-                    [p[1] for p in drawn],
+                    [x for x, _, _ in hollow],
+                    [y for _, y, _ in hollow],
+                    color=COLORS[-1] if len(lines) > 1 else COLORS[number],
                     linestyle="none",
+                    marker=MARKERS[number],
                     markerfacecolor="none",
                     label="random models" if number == 0 else None,
-                    **style,
                 )
             if number == 0:
                 offset = -18 if title == "CE score" else 9  # outside of the other curves
-                for x, y, run in points:
+                for x, y, run in _places(chosen, key, quality):
                     axes.annotate(
                         f"{run.coef:g}", (x, y), xytext=(0, offset), textcoords="offset points", ha="center", zorder=5
                     )
@@ -88,8 +122,54 @@ def trade_off(runs: Sequence[Judged], key: str) -> "Figure":
         axes.set_ylabel(title)
         axes.xaxis.set_major_formatter(plain)
         axes.set_xlabel("entries above .01 in one token" if key == SHARE else "effective edges of one token")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+        _trade_off_legend(axes, [label for _, label in series], list(lines))
     return figure
+
+
+def _trade_off_legend(axes: "Axes", qualities: Sequence[str], lines: Sequence[str]) -> None:
+    """Name the qualities, or, with several lines, their colours and the qualities' markers once each."""
+    from matplotlib.lines import Line2D
+
+    handles, labels = axes.get_legend_handles_labels()
+    if len(lines) > 1:
+        entries: list[tuple[Artist, str]] = [
+            (Line2D([], [], **_line_look(row)), name) for row, name in enumerate(lines)
+        ]
+        entries += [
+            (Line2D([], [], color=COLORS[-1], linestyle="none", marker=MARKERS[number]), label)
+            for number, label in enumerate(qualities)
+        ]
+        entries += [entry for entry in zip(handles, labels, strict=True) if entry[1] == "random models"]
+        handles, labels = [handle for handle, _ in entries], [label for _, label in entries]
+    axes.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+
+
+def _places(runs: Sequence[Judged], key: str, quality: str) -> list[tuple[float, float, Judged]]:
+    """Return (sparsity, quality, run) for the runs of which both are known."""
+    return [
+        (x, y, run) for run in runs if (x := sparsity(run, key)) is not None and (y := run.mean(quality)) is not None
+    ]
+
+
+def _line_look(row: int) -> dict[str, Any]:
+    return {"color": COLORS[row % len(COLORS)], "linestyle": LINES[row // len(COLORS) % len(LINES)]}
+
+
+def _base(run: Judged) -> tuple[Any, ...]:
+    """What two pairs must share for a line between them, beside the penalty: MLP, k, and where it is linearised."""
+    sizes = (run.pair.get(f"{side}_sae", {}).get("k") for side in ("input", "output"))
+    return (run.pair.get("model", {}).get("mlp_hash"), *sizes, run.pair.get("jacobian", {}).get("at"))
+
+
+def _penalty(run: Judged) -> str:
+    jacobian = run.pair.get("jacobian", {})
+    return penalty_name(jacobian) if "penalty" in jacobian else "unknown penalty"
+
+
+def _model(run: Judged) -> str:
+    model = run.pair.get("model", {})
+    k = run.pair.get("input_sae", {}).get("k")
+    return f"{Path(str(model.get('name'))).name} {model.get('layer')}, k={k}"
 
 
 @styled

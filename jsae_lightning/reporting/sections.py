@@ -128,8 +128,9 @@ def comparison_items(runs: Sequence[Judged], comparison: Comparison | None) -> l
     ):
         title = f"What sparsity costs: against {what}"
         text = (
-            "Each point is a run, labelled by the weight of the Jacobian penalty. Further left is sparser, higher is "
-            "more faithful; look for the weight at which the curve falls off."
+            "Each point is a run, labelled by the weight of the Jacobian penalty; lines join runs of one penalty on "
+            "one model. Further left is sparser, higher is more faithful; look for the weight at "
+            "which the curve falls off."
         )
         if figures_tradeoff.can_draw(runs, key):
             items.append(_item(name, title, text, runs, runs, partial(figures_tradeoff.trade_off, runs, key)))
