@@ -8,6 +8,7 @@ import torch
 from held_out_factory import make_held_out
 from jsae_lightning.contexts import AFTER, BEFORE, TokenText, TopContexts, window_slice
 from jsae_lightning.graph import run_graph
+from jsae_lightning.grouped_evaluation import spaced
 from jsae_lightning.held_out import HeldOut
 from jsae_lightning.jacobians import jacobian
 from tiny_models import make_model_dir, make_tokenizer
@@ -64,7 +65,7 @@ def test_contexts_against_a_search_through_everything(tmp_path, batch_sequences)
 def test_edge_contexts_against_a_search_through_everything(tmp_path, at):
     held_out = make_held_out(at=at, sequences=6, seq=40)
     run_graph(held_out, tmp_path, **SETTINGS | {"tokens": 90})
-    counts = held_out.included & (held_out.included.flatten().cumsum(0).view(6, 40) <= 90)
+    counts = spaced(held_out.included, 90)
     with torch.no_grad():
         found = jacobian(
             held_out.pair, held_out.mlp, held_out.language_model.mlp_in(held_out.tokens).flatten(0, 1), at=at

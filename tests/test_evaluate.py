@@ -464,7 +464,7 @@ def test_a_comparison_evaluates_what_is_not_evaluated_yet(copy, tmp_path, monkey
     capsys.readouterr()
     assert call(monkeypatch, "--compare", copy, tmp_path / "baseline", "eval.tokens=160") == 0
     printed = capsys.readouterr().out
-    assert "run is no sparser than baseline beyond shrinkage" in printed
+    assert "run against baseline: no difference beyond 2 standard errors" in printed
     assert (copy / "eval" / "eval.json").stat().st_mtime_ns == made
     record = read(tmp_path / "comparison" / "comparison.json")
     assert [run["baseline"] for run in record["runs"]] == ["baseline", None]
@@ -473,7 +473,7 @@ def test_a_comparison_evaluates_what_is_not_evaluated_yet(copy, tmp_path, monkey
     ]
     (matched,) = record["shrink_matched"]
     assert (matched["scale"], matched["paired"]) == (1.0, True)
-    assert "no sparser" in (tmp_path / "comparison" / "comparison.md").read_text()
+    assert "no difference beyond 2 standard errors" in (tmp_path / "comparison" / "comparison.md").read_text()
     assert call(monkeypatch, "--compare", copy, tmp_path / "baseline", "--out", tmp_path / "elsewhere") == 0
     assert (tmp_path / "elsewhere" / "comparison.json").is_file()
 

@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -317,8 +319,11 @@ def test_two_ranks_write_what_one_writes(tmp_path):
     from jsae_lightning.autointerp import export_autointerp
 
     (tmp_path / "two").mkdir()
+    tests = Path(__file__).parent
+    paths = [str(tests.parent), str(tests), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-c", RANK]
-    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path / "two")]) for rank in range(2)]
+    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path / "two")], env=env) for rank in range(2)]
     one = run_graph(make_held_out(), tmp_path / "one", **SETTINGS)
     export_autointerp(make_held_out(), tmp_path / "one", latents=4, examples=2)
     assert [process.wait(timeout=120) for process in ranks] == [0, 0]
