@@ -121,8 +121,10 @@ def test_a_killed_sweep_takes_its_jobs_along_and_says_so_afterwards(launcher, ma
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     wait_for_no_process_in(sweep)
-    ended = "failed" if launcher else "killed"  # joblib's workers see the job end before they end themselves
-    assert states(sweep)[0] == ended and not {"finished", "running"} & set(states(sweep))
+    ended = states(sweep)[0]
+    # joblib's workers mostly see the job end before they end themselves, and note it as failed
+    assert ended in ({"failed", "killed"} if launcher else {"killed"})
+    assert not {"finished", "running"} & set(states(sweep))
     text, code = report(sweep)
     assert code == 1 and ended in text and "sweep.resume=true" in text
 
