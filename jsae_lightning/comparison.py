@@ -36,7 +36,7 @@ MEAN_ABS = "jacobian/mean_abs"
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgedPair:
     """An evaluation, read back."""
 
     name: str
@@ -86,8 +86,8 @@ class Judged:
 class ShrinkMatched:
     """A pair against another one whose Jacobian is scaled to the same mean magnitude."""
 
-    run: Judged
-    baseline: Judged
+    run: JudgedPair
+    baseline: JudgedPair
     scale: Figure
     figures: dict[str, Figure]
     """The scaled baseline's `jacobian/...`."""
@@ -97,7 +97,7 @@ class ShrinkMatched:
     """For each raw threshold's share: by how much reading it off a histogram may be wrong."""
 
 
-def read_judged(path: Path) -> Judged:
+def read_judged(path: Path) -> JudgedPair:
     """Read the evaluation whose `eval.json` is at `path`; UserError if it is damaged or incomplete."""
     from safetensors import SafetensorError, safe_open
 
@@ -112,7 +112,7 @@ def read_judged(path: Path) -> Judged:
             for tensor, figures in names.items()
             for figure, column in zip(figures, tensors[tensor].T, strict=True)
         }
-        return Judged(record["name"], path, record, replicates, tensors["fine_histograms"], tensors["entries"])
+        return JudgedPair(record["name"], path, record, replicates, tensors["fine_histograms"], tensors["entries"])
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise UserError(
             f"{groups}: what comparisons need is missing ({error}): remove {path} and evaluate again, with the part "
@@ -120,13 +120,13 @@ def read_judged(path: Path) -> Judged:
         ) from error
 
 
-def is_paired(a: Judged, b: Judged) -> bool:
+def is_paired(a: JudgedPair, b: JudgedPair) -> bool:
     """Whether both judged the same positions, in the same groups of documents."""
     hashes = {judged.record["evaluation"]["tokens_hash"] for judged in (a, b)}
     return len(hashes) == 1 and len(a.entries) == len(b.entries)
 
 
-def difference(a: Judged, b: Judged, key: str) -> Figure:
+def difference(a: JudgedPair, b: JudgedPair, key: str) -> Figure:
     """Return a's figure less b's, with the standard error of the difference: paired where that is possible."""
     mean = a.figure(key).mean - b.figure(key).mean
     ours, theirs = a.replicates.get(key), b.replicates.get(key)
@@ -135,7 +135,7 @@ def difference(a: Judged, b: Judged, key: str) -> Figure:
     return Figure(mean, math.hypot(a.figure(key).standard_error, b.figure(key).standard_error))
 
 
-def relative_difference(a: Judged, b: Judged, key: str) -> Figure:
+def relative_difference(a: JudgedPair, b: JudgedPair, key: str) -> Figure:
     """Return a's figure over b's, less 1, with its standard error: paired where that is possible.
 
     Independent samples: r sqrt((se_a / a)^2 + (se_b / b)^2), r being the ratio. NaN where b's figure is 0.
@@ -151,7 +151,7 @@ def relative_difference(a: Judged, b: Judged, key: str) -> Figure:
     return Figure(mean, error)
 
 
-def find_baseline(judged: Judged, others: Sequence[Judged]) -> Judged | None:
+def find_baseline(judged: JudgedPair, others: Sequence[JudgedPair]) -> JudgedPair | None:
     """Return the traditional pair of the same MLP, k and `at` (the most alike, if several), or None.
 
     It is the weights of the MLP that must be the same, not the name of the model: drawn models share a name.
@@ -163,7 +163,7 @@ def find_baseline(judged: Judged, others: Sequence[Judged]) -> Judged | None:
     return max(found, key=lambda other: _likeness(judged, other), default=None)
 
 
-def find_random(judged: Judged, others: Sequence[Judged]) -> Judged | None:
+def find_random(judged: JudgedPair, others: Sequence[JudgedPair]) -> JudgedPair | None:
     """Return the pair of the same kind on the same model with random weights, for one on the trained model.
 
     The same model is here one of the same name, revision, layer and synthetic spec, as its weights are not.
@@ -175,7 +175,7 @@ def find_random(judged: Judged, others: Sequence[Judged]) -> Judged | None:
     return max(found, key=lambda other: _likeness(judged, other), default=None)
 
 
-def shrink_match(run: Judged, baseline: Judged) -> ShrinkMatched | None:
+def shrink_match(run: JudgedPair, baseline: JudgedPair) -> ShrinkMatched | None:
     """Scale the baseline's Jacobian to the mean magnitude of the run's; None where either is unknown or 0.
 
     Standard errors are paired where both judged the same tokens, so that the scale varies with the groups as well.
@@ -206,7 +206,7 @@ def shrink_match(run: Judged, baseline: Judged) -> ShrinkMatched | None:
 class _Resampled:
     """Evaluates a function of (scale, histogram, entries, the run's own figure) without one of the groups at a time."""
 
-    def __init__(self, run: Judged, baseline: Judged) -> None:
+    def __init__(self, run: JudgedPair, baseline: JudgedPair) -> None:
         self._run, self._baseline = run, baseline
         total, entries = baseline.histograms.sum(dim=0), int(baseline.entries.sum())
         self._whole = (total, entries)
@@ -233,7 +233,7 @@ class _Resampled:
         return math.hypot(_error(of_run), _error(of_baseline))
 
 
-def compare(judged: Sequence[Judged]) -> tuple[dict[str, Any], list[ShrinkMatched]]:
+def compare(judged: Sequence[JudgedPair]) -> tuple[dict[str, Any], list[ShrinkMatched]]:
     """Return the content of `comparison.json` and the shrink-matched comparisons that it is about.
 
     Every pair with a penalty is matched with its baseline, every one on a trained model with its like on random
@@ -284,7 +284,7 @@ def compare(judged: Sequence[Judged]) -> tuple[dict[str, Any], list[ShrinkMatche
     return finite(record), matched
 
 
-def distinct_names(judged: Sequence[Judged]) -> list[Judged]:
+def distinct_names(judged: Sequence[JudgedPair]) -> list[JudgedPair]:
     """Give evaluations of the same name longer ones: with the folder above, or else the path."""
     for longer in (lambda path: f"{path.parent.parent.parent.name}/{path.parent.parent.name}", str):
         counts = Counter(entry.name for entry in judged)
@@ -292,7 +292,7 @@ def distinct_names(judged: Sequence[Judged]) -> list[Judged]:
     return list(judged)
 
 
-def _likeness(judged: Judged, other: Judged) -> int:
+def _likeness(judged: JudgedPair, other: JudgedPair) -> int:
     """How much of the rest of two pairs' settings is the same."""
     ours, theirs = judged.record["pair"], other.record["pair"]
     same = [ours[f"{site}_sae"]["d_sae"] == theirs[f"{site}_sae"]["d_sae"] for site in ("input", "output")]

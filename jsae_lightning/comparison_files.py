@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jsae_lightning.atomic_files import atomic_file
-from jsae_lightning.comparison import Judged, ShrinkMatched, compare, distinct_names, is_paired, read_judged
+from jsae_lightning.comparison import JudgedPair, ShrinkMatched, compare, distinct_names, is_paired, read_judged
 from jsae_lightning.distributed import rank_and_world_size
 from jsae_lightning.errors import UserError
 from jsae_lightning.evaluation_files import figures_to_json
@@ -66,7 +66,7 @@ def compare_folders(
     return target / "comparison.json"
 
 
-def check_same_data(judged: Sequence[Judged]) -> None:
+def check_same_data(judged: Sequence[JudgedPair]) -> None:
     """Raise UserError if two pairs on one model were judged on different data or with other positions left out.
 
     Models of another architecture may need other data; their pairs are not matched with each other. How much of the
@@ -90,7 +90,7 @@ def _is_of_data(key: str) -> bool:
     return key == "eval.exclude_first_position" or (key.startswith("data.") and key != "data.val_sequences")
 
 
-def write_comparison(folder: Path, judged: Sequence[Judged]) -> str:
+def write_comparison(folder: Path, judged: Sequence[JudgedPair]) -> str:
     """Write `comparison.json` and `comparison.md`, each whole or not at all; return the text of the latter."""
     record, matched = compare(judged)
     markdown = comparison_markdown(record, distinct_names(judged), matched)
@@ -101,7 +101,7 @@ def write_comparison(folder: Path, judged: Sequence[Judged]) -> str:
     return markdown
 
 
-def comparison_markdown(record: dict[str, Any], judged: Sequence[Judged], matched: Sequence[ShrinkMatched]) -> str:
+def comparison_markdown(record: dict[str, Any], judged: Sequence[JudgedPair], matched: Sequence[ShrinkMatched]) -> str:
     """Return the content of `comparison.md`: findings, the pairs side by side, shrink-matched pairs."""
     lines = ["# Comparison", "", *(f"* **{verdict}**" for verdict in record["verdicts"]), "", "## Findings", ""]
     lines += [*(f"* {finding}" for finding in record["findings"]), ""]
@@ -125,9 +125,9 @@ def comparison_markdown(record: dict[str, Any], judged: Sequence[Judged], matche
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def _figures(run: Judged) -> dict[str, dict[str, float | None]]:
+def _figures(run: JudgedPair) -> dict[str, dict[str, float | None]]:
     return run.record["figures"]
 
 
-def _kind(run: Judged) -> str:
+def _kind(run: JudgedPair) -> str:
     return run.record["kind"] + (", random weights" if run.weights else "")

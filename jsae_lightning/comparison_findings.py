@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 
 from jsae_lightning.comparison import (
-    Judged,
+    JudgedPair,
     ShrinkMatched,
     difference,
     find_baseline,
@@ -45,7 +45,7 @@ _COSTS = (
 )
 
 
-def all_findings(judged: Sequence[Judged], matched: Sequence[ShrinkMatched]) -> list[str]:
+def all_findings(judged: Sequence[JudgedPair], matched: Sequence[ShrinkMatched]) -> list[str]:
     """Return all findings about pairs with distinct names and what they are matched with, in the order of the pairs."""
     findings = []
     for run in judged:
@@ -136,7 +136,7 @@ def _judge_remaining(remaining: Figure, total: float, resolution: float, groups:
     return end
 
 
-def _measure(run: Judged, baseline: Judged, measure: tuple[str, str, int, str]) -> tuple[str, int | None]:
+def _measure(run: JudgedPair, baseline: JudgedPair, measure: tuple[str, str, int, str]) -> tuple[str, int | None]:
     """Return the text about a scale-free measure, and 1 (sparser), -1 (less sparse), 0 (neither), None (unknown)."""
     label, key, sparser, form = measure
     change = difference(run, baseline, key)
@@ -148,7 +148,7 @@ def _measure(run: Judged, baseline: Judged, measure: tuple[str, str, int, str]) 
     return f"{text} ({_signed(change, form)}: {word})", found
 
 
-def _verdict(directions: list[int | None], run: Judged, baseline: Judged, is_control: bool) -> str:
+def _verdict(directions: list[int | None], run: JudgedPair, baseline: JudgedPair, is_control: bool) -> str:
     known = [value for value in directions if value is not None]
     than = f"{baseline.name}" + (" on random weights" if is_control else "")
     groups = _groups(run, baseline)
@@ -178,7 +178,7 @@ def _verdict(directions: list[int | None], run: Judged, baseline: Judged, is_con
     )
 
 
-def _groups(run: Judged, baseline: Judged) -> int:
+def _groups(run: JudgedPair, baseline: JudgedPair) -> int:
     return min(len(run.entries), len(baseline.entries))
 
 

@@ -40,19 +40,25 @@ def document_groups(document: Int[Tensor, "sequences seq"], num_groups: int) -> 
     return document * min(num_groups, num_documents) // num_documents
 
 
-def jackknife(group_sums: list[Sums], figures: Callable[[Sums], dict[str, float]]) -> dict[str, Figure]:
+def jackknife(
+    group_sums: list[Sums], figures: Callable[[Sums], dict[str, float]]
+) -> dict[str, tuple[Figure, Float[Tensor, " groups"]]]:
     """Return every figure of the total of `group_sums` with its standard error; see the module's docstring.
 
     Args:
         group_sums: one dict of additive sums for each group, all with the same keys and shapes. A group without any
             data, whose sums are all zero, does not count as one.
         figures: turns such sums into figures by name; figures that are NaN on the total are NaN here.
+
+    Returns:
+        By name, the figure and its leave-one-out values, float64, one for each group that counts.
     """
-    total, replicates = leave_one_out(group_sums, figures)
-    return {
-        name: Figure(mean, standard_error(torch.tensor([replicate[name] for replicate in replicates]).double()))
-        for name, mean in total.items()
-    }
+    total, without = leave_one_out(group_sums, figures)
+    found = {}
+    for name, mean in total.items():
+        replicates = torch.tensor([replicate[name] for replicate in without], dtype=torch.float64)
+        found[name] = Figure(mean, standard_error(replicates)), replicates
+    return found
 
 
 def leave_one_out(

@@ -2,7 +2,7 @@
 
 jsae-report logs/runs/DATE                     # report/report.html in it, evaluating the pair first if need be
 jsae-report logs/sweeps/DATE eval.tokens=1e5   # all pairs of a sweep, with the trade-off between them
-jsae-report logs/runs/DATE --no-evaluate --out /tmp/report
+jsae-report logs/runs/DATE --no-evaluate --out page
 """
 
 import argparse

@@ -15,8 +15,24 @@ CONTEXT.set_forkserver_preload(["jsae_lightning.building", "datasets", "transfor
 TIME_LIMIT = 240.0
 
 
+TOY_LENGTHS = [  # 24 steps of 64 tokens, blocks of 5 batches, evaluation every 7 steps, a checkpoint every 4
+    "data.train_tokens=1536",
+    "data.batch_tokens=64",
+    "data.buffer_batches=5",
+    "data.val_sequences=4",
+    "sae.dead_after_tokens=200",
+    "eval.every_n_steps=7",
+    "eval.jacobian_tokens=32",
+    "checkpoint.every_n_steps=4",
+    "checkpoint.every_minutes=null",
+    "trainer.accelerator=cpu",
+    "trainer.log_every_n_steps=1",
+    "num_threads=1",
+]
+
+
 def toy_overrides(model: Path, text: Path, folder: Path) -> list[str]:
-    """A run of seconds: 24 steps of 64 tokens, blocks of 5 batches, evaluation every 7 steps, a checkpoint every 4."""
+    """A run of seconds: see TOY_LENGTHS."""
     return [
         "experiment=none",
         "model=local",
@@ -26,21 +42,10 @@ def toy_overrides(model: Path, text: Path, folder: Path) -> list[str]:
         f"data.path={text}",
         "data.document_separator='\\n\\n'",
         "data.context_length=16",
-        "data.train_tokens=1536",
-        "data.batch_tokens=64",
-        "data.buffer_batches=5",
-        "data.val_sequences=4",
         "data.val_fraction=0.1",
         "sae.expansion_factor=2",
         "sae.k=4",
-        "sae.dead_after_tokens=200",
-        "eval.every_n_steps=7",
-        "eval.jacobian_tokens=32",
-        "checkpoint.every_n_steps=4",
-        "checkpoint.every_minutes=null",
-        "trainer.accelerator=cpu",
-        "trainer.log_every_n_steps=1",
-        "num_threads=1",
+        *TOY_LENGTHS,
         f"hydra.run.dir={folder}",
     ]
 

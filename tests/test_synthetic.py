@@ -24,7 +24,7 @@ from jsae_lightning.synthetic.documents import SyntheticDocuments
 from jsae_lightning.synthetic.language_model import SyntheticLanguageModel
 from jsae_lightning.synthetic.spec import make_spec
 from jsae_lightning.synthetic.tokens import TokenFeatures, _mixed
-from running import kill_self, train
+from running import TOY_LENGTHS, kill_self, train
 from synthetic_factories import spec_values, true_pair
 
 
@@ -303,23 +303,7 @@ def test_the_tests_know_every_key_of_the_preset():
 
 # Training
 
-TOY = [
-    "experiment=synthetic",
-    "model.synthetic.num_documents=64",
-    "data.train_tokens=1536",
-    "data.batch_tokens=64",
-    "data.buffer_batches=5",
-    "data.val_sequences=4",
-    "data.lm_batch_sequences=2",
-    "sae.dead_after_tokens=200",
-    "eval.every_n_steps=7",
-    "eval.jacobian_tokens=32",
-    "checkpoint.every_n_steps=4",
-    "checkpoint.every_minutes=null",
-    "trainer.accelerator=cpu",
-    "trainer.log_every_n_steps=1",
-    "num_threads=1",
-]
+TOY = ["experiment=synthetic", "model.synthetic.num_documents=64", *TOY_LENGTHS, "data.lm_batch_sequences=2"]
 
 
 def _module(rank: int = 0, world_size: int = 1) -> ActivationDataModule:

@@ -1,6 +1,5 @@
 """All of fidelity in one call."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,7 @@ from jsae_lightning.fidelity.edge_ranking import RANKINGS
 from jsae_lightning.fidelity.passes import Plan, curve_sums, pair_sums
 from jsae_lightning.fidelity.points import spread
 from jsae_lightning.held_out import HeldOut
-from jsae_lightning.jackknife import Figure, leave_one_out, standard_error
+from jsae_lightning.jackknife import Figure, jackknife
 from jsae_lightning.jacobians import JACOBIAN_AT
 from jsae_lightning.metrics import Sums, without_prefix
 
@@ -70,8 +69,8 @@ def run_fidelity(
     means = edge_curves.remainder_means(without_prefix("graph/", first))
     second = all_reduce_sum(curve_sums(plan, means, shard))
     of_pairs, of_curves = _by_group(first), _by_group(second)
-    found = _with_errors(of_pairs, pair_figures)
-    found |= _with_errors(of_curves, lambda sums: edge_curves.curve_figures(sums, plan.numbers))
+    found = jackknife(of_pairs, pair_figures)
+    found |= jackknife(of_curves, lambda sums: edge_curves.curve_figures(sums, plan.numbers))
     return FidelityResult(
         figures={f"fidelity/{name}": figure for name, (figure, _) in found.items()},
         replicates={f"fidelity/{name}": replicates for name, (_, replicates) in found.items()},
@@ -133,18 +132,6 @@ def pair_figures(sums: Sums) -> dict[str, float]:
     return figures | curvature.curvature_figures(without_prefix("curvature/", sums))
 
 
-def _with_errors(
-    group_sums: list[Sums], function: Callable[[Sums], dict[str, float]]
-) -> dict[str, tuple[Figure, Tensor]]:
-    """Return each figure with its standard error (`jackknife`) and its leave-one-out values."""
-    total, without = leave_one_out(group_sums, function)
-    found = {}
-    for name, mean in total.items():
-        replicates = torch.tensor([figures[name] for figures in without], dtype=torch.float64)
-        found[name] = Figure(mean, standard_error(replicates)), replicates
-    return found
-
-
 def _by_group(sums: Sums) -> list[Sums]:
     grouped = {key: value.cpu() for key, value in without_prefix("group/", sums).items()}
     return [{key: value[group] for key, value in grouped.items()} for group in range(len(next(iter(grouped.values()))))]
@@ -159,7 +146,7 @@ def _curves(group_sums: list[Sums], numbers: list[int]) -> dict[str, dict[str, l
             for e, value in enumerate(row)
         }
 
-    figures = {name: figure for name, (figure, _) in _with_errors(group_sums, flat).items()}
+    figures = {name: figure for name, (figure, _) in jackknife(group_sums, flat).items()}
     curves: dict[str, dict[str, list[float] | None]] = {}
     for kind in ("ce", "kl", "error"):
         for r, name in enumerate(RANKINGS):
