@@ -291,6 +291,11 @@ def _check_training(cfg: DictConfig) -> None:
             f"jacobian.decay_fraction: {cfg.jacobian.decay_fraction} and jacobian.warmup_fraction "
             f"{cfg.jacobian.warmup_fraction} overlap: lower one, their sum is at most 1"
         )
+    if not 0 < cfg.jacobian.token_fraction <= 1:
+        raise UserError(
+            f"jacobian.token_fraction: {cfg.jacobian.token_fraction} is no share of the tokens: give a number above 0 "
+            "and at most 1 (jacobian.coef=0 leaves the penalty out)"
+        )
     if cfg.ckpt_path not in (None, "auto") and not Path(cfg.ckpt_path).is_file():
         raise UserError(f"ckpt_path: there is no file '{cfg.ckpt_path}': give a checkpoint, auto or null")
     if "jacobian_histograms" in cfg.callbacks and "evaluation" not in cfg.callbacks:

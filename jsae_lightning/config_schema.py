@@ -86,6 +86,7 @@ class JacobianConfig:
     coef_scale: float = MISSING
     at: str = MISSING
     edges: str = MISSING
+    token_fraction: float = MISSING
     warmup_fraction: float = MISSING
     decay_fraction: float = MISSING
 

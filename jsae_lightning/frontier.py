@@ -240,7 +240,8 @@ def _held_out_tokens(folder: Path, data: dict[str, Any]) -> int | None:
 
 def penalty_name(jacobian: dict[str, Any]) -> str:
     """Return a penalty's name, and those of its settings that are not the defaults."""
-    usual = {"at": "input", "edges": "jacobian", "warmup_fraction": 0.05, "decay_fraction": 0.0, "params": {}}
+    usual = {"at": "input", "edges": "jacobian", "token_fraction": 1.0}
+    usual |= {"warmup_fraction": 0.05, "decay_fraction": 0.0, "params": {}}
     unusual = [f"{key}={jacobian[key]}" for key, value in usual.items() if jacobian.get(key, value) != value]
     return ", ".join([str(jacobian["penalty"]), *unusual])
 

@@ -101,14 +101,9 @@ def jacobian_from_latents(
 
     `slopes` are those of `mlp.forward_with_slopes`; the latents decide the rows and columns.
     """
-    encoder_rows, rows_out_index = _used_rows(pair.output_sae.W_enc.T, latents_out.indices)
-    decoder_rows, rows_in_index = _used_rows(pair.input_sae.W_dec, latents_in.indices)
-    rows_out = (encoder_rows @ mlp.W_out.T).to(mlp.W_out.dtype)
-    terms = [
-        kernels.bilinear_rows(rows_out, slope, (decoder_rows @ weight).to(weight.dtype), rows_out_index, rows_in_index)
-        for weight, slope in slopes
-    ]
-    values = terms[0] if len(terms) == 1 else terms[0] + terms[1]
+    values = kernels.jacobian_values(
+        pair.output_sae.W_enc.T, pair.input_sae.W_dec, mlp.W_out, slopes, latents_out.indices, latents_in.indices
+    )
     active = latents_out.active[:, :, None] & latents_in.active[:, None, :]
     return Jacobian(
         values=torch.where(active, values, 0.0),
@@ -118,13 +113,6 @@ def jacobian_from_latents(
         active_in=latents_in.active,
         activations_in=latents_in.values.detach(),
     )
-
-
-def _used_rows(rows: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """Gather rows first when fewer are used than there are, so that a sentence does not project a whole dictionary."""
-    if indices.numel() >= rows.shape[0]:
-        return rows, indices
-    return rows[indices.flatten()], torch.arange(indices.numel(), device=indices.device).view_as(indices)
 
 
 def latent_map(

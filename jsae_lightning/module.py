@@ -12,8 +12,9 @@ from jsae_lightning.checkpoint import recount_micro_batches
 from jsae_lightning.distributed import all_reduce_max, all_reduce_sum
 from jsae_lightning.errors import UserError
 from jsae_lightning.frozen_mlp import FrozenMLP
-from jsae_lightning.jacobians import edge_penalty, jacobian_from_latents, linearization_point
+from jsae_lightning.jacobians import edge_penalty
 from jsae_lightning.loggers import log_metrics
+from jsae_lightning.losses import Reconstruction, pair_losses
 from jsae_lightning.metrics import (
     Sums,
     add_sums,
@@ -23,8 +24,8 @@ from jsae_lightning.metrics import (
     without_prefix,
 )
 from jsae_lightning.penalties import make_penalty
-from jsae_lightning.sae import Latents, SAEPair, TopKSAE
-from jsae_lightning.schedules import coef_factor, lr_factor
+from jsae_lightning.sae import SAEPair, TopKSAE
+from jsae_lightning.schedules import coef_factor, lr_factor, penalizes
 
 
 class JSAEModule(lightning.LightningModule):
@@ -57,9 +58,9 @@ class JSAEModule(lightning.LightningModule):
         """Build the pair from `seed`.
 
         `sae` has d_sae, d_sae_output, k, k_output, subtract_b_dec, mse_output_coef, auxk_coef, auxk_k,
-        dead_after_tokens; `jacobian` penalty, params, coef (a number), at, edges, warmup_fraction,
-        decay_fraction; `optim` lr, betas,
-        warmup_fraction, decay_fraction. All are plain values, so that checkpoints load with `weights_only=True`.
+        dead_after_tokens; `jacobian` penalty, params, coef (a number), at, edges, token_fraction, warmup_fraction,
+        decay_fraction; `optim` lr, betas, warmup_fraction, decay_fraction. All are plain values, so that checkpoints
+        load with `weights_only=True`.
         """
         super().__init__()
         self.save_hyperparameters()
@@ -72,6 +73,7 @@ class JSAEModule(lightning.LightningModule):
         self.penalty = edge_penalty(make_penalty(jacobian["penalty"], **jacobian["params"]), jacobian["edges"])
         self.jacobian_coef, self.jacobian_at = jacobian["coef"], jacobian["at"]
         self.coef_warmup_fraction, self.coef_decay_fraction = jacobian["warmup_fraction"], jacobian["decay_fraction"]
+        self.token_fraction = jacobian["token_fraction"]
         self.optim, self.total_steps = optim, total_steps
         self.mlp: FrozenMLP | None = None
         self.register_buffer("tokens_seen", torch.zeros((), dtype=torch.int64))
@@ -108,46 +110,46 @@ class JSAEModule(lightning.LightningModule):
     def training_step(self, mlp_in: Float[Tensor, "tokens d_model"], batch_idx: int) -> Float[Tensor, ""]:
         """Return the loss of one micro-batch of MLP inputs."""
         assert self.mlp is not None
-        needs_slopes_at_x = self.jacobian_coef > 0 and self.jacobian_at == "input"
-        with torch.no_grad(), torch.autocast(mlp_in.device.type, enabled=False):
-            mlp_out, slopes = self.mlp.forward_with_slopes(mlp_in) if needs_slopes_at_x else (self.mlp(mlp_in), ())
-        parts: dict[str, Tensor] = {}
-        x_hat, latents_in = self._autoencode("input", self.pair.input_sae, mlp_in, parts)
-        _, latents_out = self._autoencode("output", self.pair.output_sae, mlp_out, parts)
-        loss = parts["mse_input"] + self.mse_output_coef * parts["mse_output"]
-        if self.auxk_coef:
-            loss = loss + self.auxk_coef * (parts["auxk_input"] + parts["auxk_output"])
-        if self.jacobian_coef:
-            if not needs_slopes_at_x:
-                reconstructed_out, slopes = self.mlp.forward_with_slopes(
-                    linearization_point(self.pair, mlp_in, latents_in, self.jacobian_at)
-                )
-                latents_out = self.pair.output_sae.encode(reconstructed_out)
-            parts["jacobian_penalty"] = self.penalty(
-                jacobian_from_latents(self.pair, self.mlp, slopes, latents_in, latents_out)
-            )
-            loss = loss + self.current_coef() * parts["jacobian_penalty"]
-        parts["loss"] = loss
+        # The penalty's weight counts a chosen step's tokens for those of the steps without one. A step that is logged
+        # needs its value in any case.
+        is_penalized = penalizes(self.trainer.global_step, self.token_fraction)
+        needs_penalty = self.jacobian_coef > 0 and (is_penalized or self._logs_this_step())
+        losses = pair_losses(
+            self.pair,
+            self.mlp,
+            mlp_in,
+            self.penalty if needs_penalty else None,
+            at=self.jacobian_at,
+            penalty_gradient=is_penalized,
+        )
+        coef = self.current_coef()
+        loss = losses.total(coef / self.token_fraction if is_penalized else 0.0, self.mse_output_coef)
+        parts = {"loss": losses.total(coef, self.mse_output_coef).detach()}
+        if losses.jacobian_penalty is not None:
+            parts["jacobian_penalty"] = losses.jacobian_penalty
+        for name, sae in self.pair.named_saes():
+            auxk = self._note(name, sae, getattr(losses, name), parts)
+            if auxk is not None:
+                loss = loss + self.auxk_coef * auxk
+                parts["loss"] = parts["loss"] + self.auxk_coef * auxk.detach()
         self._accumulate(parts, len(mlp_in))
         return loss
 
-    def _autoencode(
-        self, name: str, sae: TopKSAE, x: Tensor, parts: dict[str, Tensor]
-    ) -> tuple[Float[Tensor, "tokens d_model"], Latents]:
-        """Reconstruct with one SAE, add its losses and sums to `parts`, and note which latents fired."""
-        x_hat, latents = sae(x)
-        squared_error = (x - x_hat).square()
-        parts[f"mse_{name}"] = squared_error.mean()
+    def _note(self, name: str, sae: TopKSAE, pass_: Reconstruction, parts: dict[str, Tensor]) -> Tensor | None:
+        """Add one SAE's losses and sums to `parts`, note which latents fired, return its AuxK loss or None."""
+        parts[f"mse_{name}"] = pass_.mse
+        auxk = None
         if self.auxk_coef:
             dead = getattr(self, f"tokens_since_fired_{name}") >= self.dead_after_tokens
-            parts[f"auxk_{name}"] = auxk_loss(sae, x, x_hat, dead, self.auxk_k)
+            parts[f"auxk_{name}"] = auxk = auxk_loss(sae, pass_.x, pass_.x_hat, dead, self.auxk_k)
         with torch.no_grad():
-            parts[f"l0_{name}"] = latents.active.sum() / len(x)
+            latents = pass_.latents
+            parts[f"l0_{name}"] = latents.active.sum() / len(pass_.x)
             getattr(self, f"fired_{name}")[latents.indices[latents.active]] = True
             if self._logs_this_step():
-                sums = with_prefix(f"{name}/", reconstruction_sums(x, x_hat))
+                sums = with_prefix(f"{name}/", reconstruction_sums(pass_.x, pass_.x_hat))
                 self._sums = add_sums(self._sums, sums)
-        return x_hat, latents
+        return auxk
 
     def _accumulate(self, parts: dict[str, Tensor], tokens: int) -> None:
         """Sum the micro-batches of one optimizer step, on the device, so that nothing waits for it."""

@@ -1,5 +1,7 @@
 """Schedules as pure functions of the number of completed optimizer steps."""
 
+import math
+
 
 def lr_factor(step: int, total_steps: int, warmup_fraction: float, decay_fraction: float) -> float:
     """Return the share of the peak learning rate that optimizer step number `step` (from 0) uses.
@@ -23,3 +25,13 @@ def coef_factor(step: int, total_steps: int, warmup_fraction: float, decay_fract
     rising = step / warmup if warmup else 1.0
     falling = (total_steps - step) / decay if decay else 1.0
     return max(0.0, min(1.0, rising, falling))
+
+
+def penalizes(step: int, token_fraction: float) -> bool:
+    """Return whether optimizer step number `step` (from 0) computes the Jacobian penalty.
+
+    ceil((step + 1) f) > ceil(step f), f = `token_fraction`: a systematic sample of the steps, the first one included,
+    which holds that share of the tokens; with the weight 1 / f the penalty's gradient, summed over 1 / f steps, is that
+    of all tokens in expectation, because batches are shuffled. Not in the paper.
+    """
+    return math.ceil((step + 1) * token_fraction) > math.ceil(step * token_fraction)

@@ -110,6 +110,7 @@ def make_module(total_steps: int, **jacobian: Any) -> JSAEModule:
         "coef": 0.5,
         "at": "input",
         "edges": "jacobian",
+        "token_fraction": 1.0,
         "warmup_fraction": 0.5,
         "decay_fraction": 0.0,
     } | jacobian

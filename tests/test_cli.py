@@ -75,6 +75,8 @@ BAD_CONFIG = [
     ("optim.decay_fraction=1 optim.warmup_fraction=0.1", ["optim.decay_fraction", "overlap"]),
     ("jacobian.decay_fraction=0.97", ["jacobian.decay_fraction", "overlap"]),
     ("jacobian.edges=values", ["jacobian.edges", "values", "contribution"]),
+    ("jacobian.token_fraction=0", ["jacobian.token_fraction: 0", "above 0"]),
+    ("jacobian.token_fraction=1.5", ["jacobian.token_fraction: 1.5", "at most 1"]),
     ("kernels=fast", ["kernels", "fast", "reference"]),
     ("optim.betas=[0.9,7]", ["optim.betas", "7"]),
     ("trainer.accumulate_grad_batches=two", ["trainer.accumulate_grad_batches", "two"]),

@@ -5,13 +5,13 @@ import torch
 
 from jsae_lightning import kernels
 from jsae_lightning.errors import UserError
-from jsae_lightning.kernels import cpu, reference
+from jsae_lightning.kernels import cpu, cpu_jacobian, reference
 
 
 def _gradients(function, tensors):
     leaves = [tensor.clone().requires_grad_() for tensor in tensors]
     out = function(*leaves)
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=out.dtype)
+    weights = _draw(*out.shape, seed=9).to(out.dtype)
     return out.detach(), torch.autograd.grad((out * weights).sum(), leaves)
 
 
@@ -52,20 +52,90 @@ def test_sparse_decode_agrees_with_reference(repeated):
     torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("block_elements", [1, 60, 2**20])
-@pytest.mark.parametrize(("k_out", "k_in"), [(3, 3), (1, 4), (5, 2)])
-def test_bilinear_rows_agree_with_reference(monkeypatch, block_elements, k_out, k_in):
-    """Blocks of one token, of some with a rest, and of all; unequal k; rows used by several tokens."""
-    monkeypatch.setattr(cpu, "BLOCK_ELEMENTS", block_elements)
+def _jacobian_arguments(num_terms=1, tokens=11, d_sae_out=6, d_sae_in=8, k_out=3, k_in=3):
+    """Tensors that gradients reach, (weights, W_out), and indices; some latents are used often, some never."""
+    d_model, d_mlp = 4, 5
     generator = torch.Generator().manual_seed(3)
-    indices_out = torch.randint(0, 6, (11, k_out), generator=generator)
-    indices_in = torch.randint(0, 8, (11, k_in), generator=generator)
-    arguments = (_draw(6, 5), _draw(11, 5, seed=1), _draw(8, 5, seed=2))
-    fast, slow = (
-        _gradients(lambda p, s, q, i=i: i.bilinear_rows(p, s, q, indices_out, indices_in), arguments)
-        for i in (cpu, reference)
-    )
+    indices = [
+        torch.randint(0, n - 1, (tokens, k), generator=generator) for n, k in ((d_sae_out, k_out), (d_sae_in, k_in))
+    ]
+    tensors = [_draw(d_sae_out, d_model), _draw(d_sae_in, d_model, seed=1)]
+    tensors += [_draw(tokens, d_mlp, seed=2 + term) for term in range(num_terms)]
+    weights = [_draw(d_model, d_mlp, seed=5 + term) for term in range(num_terms)]
+    return tensors, weights, _draw(d_mlp, d_model, seed=8), indices
+
+
+def _jacobian_gradients(implementation, arguments, dtype=torch.float64):
+    tensors, weights, W_out, indices = arguments
+    weights, W_out = [weight.to(dtype) for weight in weights], W_out.to(dtype)
+
+    def values(encoder_rows, decoder_rows, *slopes):
+        terms = list(zip(weights, slopes, strict=True))
+        return implementation.jacobian_values(encoder_rows, decoder_rows, W_out, terms, *indices)
+
+    return _gradients(values, [tensor.to(dtype) for tensor in tensors])
+
+
+def test_jacobian_values_by_hand():
+    """One hidden unit: J = (e . w_out) slope (w_in . d)."""
+    encoder_rows, decoder_rows = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[3.0, 0.0], [0.0, 5.0]])
+    W_out, weight, slope = torch.tensor([[7.0, 11.0]]), torch.tensor([[13.0], [17.0]]), torch.tensor([[0.5]])
+    for implementation in (cpu, reference):
+        values = implementation.jacobian_values(
+            encoder_rows, decoder_rows, W_out, [(weight, slope)], torch.tensor([[1, 0]]), torch.tensor([[0, 1]])
+        )
+        assert values.tolist() == [[[22 * 0.5 * 39, 22 * 0.5 * 85], [7 * 0.5 * 39, 7 * 0.5 * 85]]]
+
+
+@pytest.mark.parametrize("block_elements", [1, 60, 2**20])
+@pytest.mark.parametrize("slices", [1, 2, 5])
+@pytest.mark.parametrize("num_terms", [1, 2])
+def test_jacobian_values_agree_with_reference(monkeypatch, block_elements, slices, num_terms):
+    """Blocks of one token, of some with a rest, and of all; d_mlp whole, uneven and unit by unit; plain and gated."""
+    monkeypatch.setattr(cpu_jacobian, "BLOCK_ELEMENTS", block_elements)
+    monkeypatch.setattr(cpu_jacobian, "num_slices", lambda *shape: slices)
+    arguments = _jacobian_arguments(num_terms)
+    fast, slow = (_jacobian_gradients(implementation, arguments) for implementation in (cpu, reference))
     torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("k_out", "k_in"), [(1, 4), (5, 2), (1, 1), (6, 8)])
+@pytest.mark.parametrize("tokens", [1, 2, 30])
+@pytest.mark.parametrize("dense_share", [0.0, 1.0])
+def test_jacobian_values_with_some_and_all_latents_in_use(monkeypatch, dense_share, tokens, k_out, k_in):
+    """Unequal k, up to the width; the rows in use copied, or all projected."""
+    monkeypatch.setattr(cpu_jacobian, "DENSE_SHARE", dense_share)
+    arguments = _jacobian_arguments(tokens=tokens, k_out=k_out, k_in=k_in)
+    fast, slow = (_jacobian_gradients(implementation, arguments) for implementation in (cpu, reference))
+    torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-12)
+
+
+def test_jacobian_values_repeat_bit_for_bit_in_float32():
+    runs = [_jacobian_gradients(cpu, _jacobian_arguments(2, tokens=200), torch.float32) for _ in range(2)]
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert all(torch.equal(first, second) for first, second in zip(runs[0][1], runs[1][1], strict=True))
+    reference_values, _ = _jacobian_gradients(reference, _jacobian_arguments(2, tokens=200))
+    torch.testing.assert_close(runs[0][0].double(), reference_values, rtol=1e-4, atol=1e-4)
+
+
+def test_jacobian_values_under_autocast():
+    """The products are bfloat16, the rest float32; gradients have the weights' dtype."""
+    exact = _jacobian_gradients(reference, _jacobian_arguments(2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = _jacobian_gradients(cpu, _jacobian_arguments(2), torch.float32)
+    assert rounded[0].dtype == torch.float32
+    assert 1e-6 < (rounded[0] - exact[0]).norm() / exact[0].norm() < 0.01
+    for fast, slow in zip(rounded[1], exact[1], strict=True):
+        assert fast.dtype == torch.float32
+        assert 1e-6 < (fast - slow).norm() / slow.norm() < 0.02
+
+
+def test_projections_fit_in_what_a_step_has_free():
+    """At Pythia-70m's shape P, Q and their gradients fit whole; at 410m's in two slices, at a wide gated one in 5."""
+    assert cpu_jacobian.num_slices(4096, 512, 2048, 1) == 1
+    assert cpu_jacobian.num_slices(4096, 1024, 4096, 1) == 2
+    assert cpu_jacobian.num_slices(4096, 2304, 9216, 2) == 5
+    assert cpu_jacobian.num_slices(1, 1, 3, 1) == 3
 
 
 def test_select_kernels_forces_an_implementation(monkeypatch):

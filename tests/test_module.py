@@ -47,6 +47,7 @@ def _module(total_steps: int, sae: dict | None = None, jacobian: dict | None = N
             "coef": 0.5,
             "at": "input",
             "edges": "jacobian",
+            "token_fraction": 1.0,
             "warmup_fraction": 0.5,
             "decay_fraction": 0.0,
         }
@@ -228,23 +229,67 @@ def test_bf16_autocast_stays_close_to_float32():
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
-def test_kernels_agree_over_twenty_steps(monkeypatch):
-    """The same 20 seeded steps with the plain and the fast kernels."""
-    from jsae_lightning import kernels
+class _Logged(lightning.Callback):
+    """Every step's logged metrics."""
 
-    losses = {}
-    for name in ("reference", "cpu"):
-        monkeypatch.setattr(kernels, "_forced", [kernels.IMPLEMENTATIONS[name]])
+    def __init__(self) -> None:
+        self.metrics: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+def _penalty_gradients(token_fraction, steps=4):
+    """What the penalty adds to W_dec's gradient at each step; the weights stay where they are."""
+    added = []
+    for coef in (1.0, 0.0):
+        module = _module(steps, jacobian={"coef": coef, "warmup_fraction": 0.0, "token_fraction": token_fraction})
+        gradients = []
 
         class Record(lightning.Callback):
-            def __init__(self):
-                self.losses = []
+            def on_before_optimizer_step(self, trainer, module, optimizer, gradients=gradients):
+                gradients.append(module.pair.input_sae.W_dec.grad.clone())
+                module.zero_grad()
 
-            def on_before_backward(self, trainer, pl_module, loss):
-                self.losses.append(loss.item())
+        _fit(module, _Data(steps), steps, Record(), clip=None)
+        added.append(torch.stack(gradients))
+    return added[0] - added[1]
 
-        record = Record()
-        _fit(_module(20), _Data(20), 20, record)
-        losses[name] = record.losses
-    assert losses["cpu"] == pytest.approx(losses["reference"], rel=1e-4)
-    assert losses["cpu"][0] != losses["cpu"][-1]
+
+def test_token_fraction_penalizes_some_steps_with_more_weight():
+    """A quarter: the first of four steps has four times the gradient of that step, the others have none."""
+    whole, quarter = _penalty_gradients(1.0), _penalty_gradients(0.25)
+    assert whole[1].abs().max() > 0
+    torch.testing.assert_close(quarter[0], 4 * whole[0], rtol=1e-4, atol=1e-7)
+    assert not quarter[1:].any()
+
+
+def test_every_logged_step_has_the_penalty_and_the_whole_loss():
+    """Also where the step is not penalized; before the first penalized gradient acts, the values are those of all."""
+    logged = []
+    for token_fraction in (1.0, 0.25):
+        record = _Logged()
+        jacobian = {"coef": 1.0, "warmup_fraction": 0.0, "token_fraction": token_fraction}
+        _fit(_module(6, jacobian=jacobian), _Data(6), 6, record)
+        logged.append(record.metrics)
+    assert logged[1][0]["train/loss"] == pytest.approx(logged[0][0]["train/loss"])
+    for metrics in logged[1]:
+        parts = metrics["train/mse_input"] + metrics["train/mse_output"] + metrics["train/jacobian_penalty"]
+        assert metrics["train/loss"] == pytest.approx(parts, rel=1e-5)
+    assert logged[1][1]["train/jacobian_penalty"] != logged[0][1]["train/jacobian_penalty"]
+
+
+@pytest.mark.parametrize("steps", [20, pytest.param(200, marks=pytest.mark.slow)])
+def test_kernels_agree_in_every_logged_metric(monkeypatch, steps):
+    """The same seeded steps with the plain and the fast kernels."""
+    from jsae_lightning import kernels
+
+    logged = {}
+    for name in ("reference", "cpu"):
+        monkeypatch.setattr(kernels, "_forced", [kernels.IMPLEMENTATIONS[name]])
+        record = _Logged()
+        _fit(_module(steps, sae={"auxk_coef": 0.03}), _Data(steps), steps, record)
+        logged[name] = record.metrics
+    for fast, slow in zip(logged["cpu"], logged["reference"], strict=True):
+        assert fast == pytest.approx(slow, rel=1e-4, abs=1e-6)
+    assert logged["cpu"][0]["train/loss"] > 1.1 * logged["cpu"][-1]["train/loss"]

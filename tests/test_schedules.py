@@ -2,7 +2,7 @@
 
 import pytest
 
-from jsae_lightning.schedules import coef_factor, lr_factor
+from jsae_lightning.schedules import coef_factor, lr_factor, penalizes
 
 
 def test_lr_by_hand():
@@ -38,3 +38,15 @@ def test_coef_falls_at_the_end_if_asked():
     assert factors[10] == factors[80] == 1
     assert factors[90] == pytest.approx(0.5)
     assert factors[100] == 0
+
+
+def test_penalized_steps_by_hand():
+    assert [step for step in range(12) if penalizes(step, 0.25)] == [0, 4, 8]
+    assert [step for step in range(10) if penalizes(step, 0.4)] == [0, 2, 5, 7]
+    assert all(penalizes(step, 1.0) for step in range(10))
+
+
+@pytest.mark.parametrize("token_fraction", [0.01, 0.1, 0.29, 1 / 3, 0.5, 0.999])
+def test_penalized_steps_are_that_share(token_fraction):
+    chosen = sum(penalizes(step, token_fraction) for step in range(10_000))
+    assert abs(chosen - 10_000 * token_fraction) <= 1

@@ -4,6 +4,7 @@
 with sparse weight gradients and cache-sized blocks. `select_kernels` chooses for the whole process.
 """
 
+from collections.abc import Sequence
 from types import ModuleType
 
 from jaxtyping import Float, Int
@@ -12,6 +13,7 @@ from torch import Tensor
 from jsae_lightning.errors import UserError
 from jsae_lightning.kernels import cpu, reference
 
+Terms = Sequence[tuple[Tensor, Tensor]]
 IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu}
 _forced: list[ModuleType] = []
 
@@ -50,12 +52,25 @@ def sparse_decode(
     return _for(values).sparse_decode(values, indices, W_dec)
 
 
-def bilinear_rows(
-    rows_out: Float[Tensor, "num_out d_mlp"],
-    slope: Float[Tensor, "tokens d_mlp"],
-    rows_in: Float[Tensor, "num_in d_mlp"],
+def jacobian_values(
+    encoder_rows: Float[Tensor, "d_sae_out d_model"],
+    decoder_rows: Float[Tensor, "d_sae_in d_model"],
+    W_out: Float[Tensor, "d_mlp d_model"],
+    terms: Terms,
     indices_out: Int[Tensor, "tokens k_out"],
     indices_in: Int[Tensor, "tokens k_in"],
 ) -> Float[Tensor, "tokens k_out k_in"]:
-    """Return J[t, i, j] = sum_m rows_out[indices_out[t, i], m] slope[t, m] rows_in[indices_in[t, j], m]."""
-    return _for(rows_out).bilinear_rows(rows_out, slope, rows_in, indices_out, indices_in)
+    """Return J[t, i, j] = sum over terms of e_i W_out^T diag(slope_t) weight^T d_j, for the latents of each token.
+
+    e_i is encoder_rows[indices_out[t, i]], d_j is decoder_rows[indices_in[t, j]]. Differentiable with respect to both
+    and to the slopes; the MLP's weights are constants.
+
+    Args:
+        encoder_rows: W_enc^T of the output SAE.
+        decoder_rows: W_dec of the input SAE.
+        W_out: the MLP's.
+        terms: (weight (d_model, d_mlp), slope (tokens, d_mlp)), as `FrozenMLP.forward_with_slopes` returns them.
+        indices_out: latents of the output SAE.
+        indices_in: latents of the input SAE.
+    """
+    return _for(W_out).jacobian_values(encoder_rows, decoder_rows, W_out, terms, indices_out, indices_in)

@@ -1,6 +1,6 @@
-"""The sparse operations for processors: weight gradients touch k of d_sae latents, the Jacobian works in cache.
+"""The sparse autoencoder's operations for processors: weight gradients touch k of d_sae latents.
 
-Only the encoder's forward product is dense. First derivatives only.
+Only the encoder's forward product is dense. First derivatives only. The Jacobian is in `cpu_jacobian`.
 """
 
 import torch
@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Gathered rows of a block (tokens, k, d_mlp) should stay in a core's cache: 64 tokens x k 32 x d_mlp 512 is 4 MB.
-BLOCK_ELEMENTS = 2**20
+from jsae_lightning.kernels.cpu_jacobian import jacobian_values
+
+__all__ = ["jacobian_values", "sparse_decode", "topk_encode"]
 
 
 def _weighted_row_sum(values: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
@@ -52,51 +53,3 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor
 def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     """See `kernels.sparse_decode`."""
     return _weighted_row_sum(values.to(W_dec.dtype), indices, W_dec)
-
-
-class _BilinearRows(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx, rows_out: Tensor, slope: Tensor, rows_in: Tensor, indices_out: Tensor, indices_in: Tensor
-    ) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(rows_out, slope, rows_in, indices_out, indices_in)
-        values = rows_out.new_empty(*indices_out.shape, indices_in.shape[1])
-        for block in _blocks(indices_out, indices_in, rows_out.shape[1]):
-            gathered_out, gathered_in = _gather(rows_out, indices_out[block]), _gather(rows_in, indices_in[block])
-            values[block] = torch.bmm(gathered_out.mul_(slope[block][:, None]), gathered_in.mT)
-        return values
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        rows_out, slope, rows_in, indices_out, indices_in = ctx.saved_tensors
-        grad_out, grad_in = torch.zeros_like(rows_out), torch.zeros_like(rows_in)
-        grad_slope = torch.zeros_like(slope) if ctx.needs_input_grad[1] else None
-        for block in _blocks(indices_out, indices_in, rows_out.shape[1]):
-            gathered_out, gathered_in = _gather(rows_out, indices_out[block]), _gather(rows_in, indices_in[block])
-            block_slope = slope[block][:, None]
-            grad_scaled = torch.bmm(grad[block], gathered_in)
-            if grad_slope is not None:
-                grad_slope[block] = (grad_scaled * gathered_out).sum(dim=1)
-            _scatter_add(grad_in, indices_in[block], torch.bmm(grad[block].mT, gathered_out.mul_(block_slope)))
-            _scatter_add(grad_out, indices_out[block], grad_scaled.mul_(block_slope))
-        return grad_out, grad_slope, grad_in, None, None
-
-
-def _blocks(indices_out: Tensor, indices_in: Tensor, d_mlp: int) -> list[slice]:
-    tokens, k = len(indices_out), max(indices_out.shape[1], indices_in.shape[1])
-    size = max(1, BLOCK_ELEMENTS // (k * d_mlp))
-    return [slice(start, start + size) for start in range(0, tokens, size)]
-
-
-def _gather(rows: Tensor, indices: Tensor) -> Tensor:
-    return rows.index_select(0, indices.flatten()).view(*indices.shape, -1)
-
-
-def _scatter_add(total: Tensor, indices: Tensor, values: Tensor) -> None:
-    total.index_add_(0, indices.flatten(), values.flatten(0, 1))
-
-
-def bilinear_rows(rows_out: Tensor, slope: Tensor, rows_in: Tensor, indices_out: Tensor, indices_in: Tensor) -> Tensor:
-    """See `kernels.bilinear_rows`."""
-    return _BilinearRows.apply(rows_out, slope.to(rows_out.dtype), rows_in, indices_out, indices_in)
