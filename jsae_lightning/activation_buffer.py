@@ -11,76 +11,46 @@ made and shuffled in `num_shards` parts, and every batch takes an equal share of
 Rank r makes shards r, r + world_size, ... So batch n, as a set of tokens, is a pure function of (seed, n) whatever the
 number of ranks that divides `num_shards`, and a resume re-runs the language model on one block. Tokens of a shard
 beyond its share (less than one sequence's, unless special tokens are excluded) are dropped.
+
+With `prefetch` the next block is made in the background while one is served. The sequences are read, the language model
+run and the tokens shuffled in the same order as without, so neither the batches nor the state depend on it.
 """
 
 import logging
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
 from jsae_lightning.activation_cache import ActivationCache
+from jsae_lightning.background import LEAVE_S, SideStream, Task
+from jsae_lightning.block_maker import Block, BlockGeometry, BlockMaker
 from jsae_lightning.errors import UserError
-from jsae_lightning.sequence_sources import SequenceSource, seeded_generator
+from jsae_lightning.sequence_sources import SequenceSource
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class BlockGeometry:
-    """Sizes of a block over all ranks; see the module's docstring."""
+class _NextBlock:
+    """A block that is being made, and the state of the stream at its start."""
 
-    batch_tokens: int
-    buffer_batches: int
-    num_shards: int
-    sequences_per_shard: int
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that a block serves, over all ranks."""
-        return self.batch_tokens * self.buffer_batches
-
-    @property
-    def shard_tokens(self) -> int:
-        """Tokens that a shard of a block serves."""
-        return self.tokens // self.num_shards
-
-    @property
-    def sequences(self) -> int:
-        """Sequences of a block, over all ranks."""
-        return self.num_shards * self.sequences_per_shard
-
-
-def sequences_per_shard(num_tokens: int, usable_positions: Int64[Tensor, " probed"]) -> int:
-    """Sequences that hold `num_tokens` usable positions: ceil(num_tokens / positions) where all hold equally many.
-
-    Otherwise the smallest S with S m - 3 s sqrt(S) >= num_tokens, m and s being mean and standard deviation over the
-    probed sequences: a shard then falls short about once in a thousand, if sequences are independent.
-
-    Raises:
-        UserError: no position is usable.
-    """
-    counts = usable_positions.double()
-    mean, deviation = counts.mean().item(), counts.std(correction=0).item()
-    if mean == 0:
-        raise UserError(
-            "data.exclude_special_tokens: every position of the data is excluded: set it or "
-            "data.exclude_first_position to false"
-        )
-    root = (3 * deviation + math.sqrt(9 * deviation**2 + 4 * mean * num_tokens)) / (2 * mean)
-    return math.ceil(num_tokens / mean) if deviation == 0 else math.ceil(root**2)
+    task: Task
+    block: Block
+    source_state: dict[str, Any]
 
 
 class ActivationLoader:
     """A sized, stateful, iterable loader of shuffled MLP inputs.
 
     Yields float32 (batch_tokens / world_size / micro_batches, d_model) tensors on `device`, `num_batches` times
-    `micro_batches` of them. Nothing is fetched ahead: after n micro-batches the state says n, and iterating again goes
-    on from there (a finished loader starts over). Memory: this rank's part of one block and one micro-batch.
+    `micro_batches` of them. Only blocks are made ahead: after n micro-batches the state says n, and iterating again goes
+    on from there (a finished loader starts over). Memory: this rank's part of one block (with `prefetch` of two, of
+    which one is being made), one shard and one micro-batch. What goes wrong with a block that is made ahead is raised
+    when its first micro-batch is asked for, as without `prefetch`.
 
     State (`state_dict`, primitives and tensors, the same on every rank):
         batch               whole batches served so far
@@ -110,6 +80,7 @@ class ActivationLoader:
         rank: int,
         world_size: int,
         cache: ActivationCache | None = None,
+        prefetch: bool = False,
     ) -> None:
         """Hold references only; the first block is filled when the first micro-batch is asked for.
 
@@ -127,14 +98,28 @@ class ActivationLoader:
             rank: this process.
             world_size: number of processes.
             cache: where activations are kept and taken from; None: the language model always runs.
+            prefetch: make the next block while one is served. `mlp_in` is then called on another thread, and what
+                else runs the language model meanwhile must not disturb it.
         """
         self.geometry, self.num_batches, self.micro_batches = geometry, num_batches, micro_batches
-        self.redrawn_tokens = 0
-        self._sequences, self._mlp_in, self._included = sequences, mlp_in, included
-        self._d_model, self._device, self._lm_batch = d_model, torch.device(device), lm_batch_sequences
-        self._seed, self._rank, self._world_size, self._cache = seed, rank, world_size, cache
-        self._shards = list(range(rank, geometry.num_shards, world_size))
-        self._block: Float[Tensor, "batches shards share d_model"] | None = None
+        self._sequences, self._seed, self._cache = sequences, seed, cache
+        self._maker = BlockMaker(
+            sequences,
+            mlp_in,
+            included,
+            d_model=d_model,
+            device=torch.device(device),
+            geometry=geometry,
+            lm_batch_sequences=lm_batch_sequences,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            cache=cache,
+        )
+        self._block: Block | None = None
+        self._spare: Block | None = None  # the memory of the block before, for the next one
+        self._next: _NextBlock | None = None
+        self._side_stream = SideStream(torch.device(device)) if prefetch else None
         self._go_to(batch=0, block_start=0, position=0, source_state={})
 
     def __len__(self) -> int:
@@ -148,7 +133,20 @@ class ActivationLoader:
             self._served += 1
             yield batch
 
+    @property
+    def redrawn_tokens(self) -> int:
+        """Tokens of all blocks made so far that were drawn twice, as special tokens left too few."""
+        return self._maker.redrawn_tokens
+
+    def close(self) -> None:
+        """End what runs in the background; then only `load_state_dict` goes on."""
+        if self._next is not None:
+            self._next.task.stop(LEAVE_S)
+
     def _go_to(self, *, batch: int, block_start: int, position: int, source_state: dict[str, Any]) -> None:
+        if self._next is not None:
+            self._next.task.stop()
+            self._next = None
         self._served, self._block_start, self._position = batch * self.micro_batches, block_start, position
         self._source_state, self._is_filled = source_state, False
         self._sequences.load_state_dict(source_state)
@@ -157,67 +155,44 @@ class ActivationLoader:
         next_start = self._block_start + self.geometry.buffer_batches
         if self._is_filled and self._served == next_start * self.micro_batches:
             self._block_start, self._position = next_start, self._position + self.geometry.sequences
-            self._source_state, self._is_filled = self._sequences.state_dict(), False
+            self._source_state = self._next.source_state if self._next else self._sequences.state_dict()
+            self._is_filled = False
 
     def _micro_batch(self) -> Float[Tensor, "tokens d_model"]:
         self._enter_next_block_if_used_up()
         if not self._is_filled:
-            self._fill()
+            self._take_block()
         assert self._block is not None
         batch, part = divmod(self._served, self.micro_batches)
         tokens = self._block[batch - self._block_start].flatten(0, 1)
-        # A copy, because the block's memory is used again for the next one.
+        # A copy, because the block's memory is used again for another one.
         return tokens.chunk(self.micro_batches)[part].clone()
 
-    @torch.no_grad()
-    def _fill(self) -> None:
-        """Make this rank's shards of the block."""
-        geometry, shards = self.geometry, self._shards
-        count = geometry.sequences_per_shard * len(shards)
-        tokens = self._sequences.read(self._position, count, self._rank, self._world_size)
-        if self._block is None:
-            share = geometry.batch_tokens // geometry.num_shards
-            self._block = torch.empty(geometry.buffer_batches, len(shards), share, self._d_model, device=self._device)
-        for index, shard in enumerate(shards):
-            # Of what this rank read, every len(shards)-th sequence belongs to the same shard.
-            activations = self._shard_activations(tokens[index :: len(shards)], shard)
-            self._block[:, index] = activations.view(geometry.buffer_batches, -1, self._d_model)
+    def _take_block(self) -> None:
+        """Make the block that is due, or wait for it if it is being made; begin with the next one."""
+        due, self._next = self._next, None
+        if due is None:
+            self._block = self._block if self._block is not None else self._maker.empty()
+            self._maker.fill(self._block, self._position)
+        else:
+            due.task.wait()
+            self._block, self._spare = due.block, self._block
         self._is_filled = True
+        if self._side_stream is not None and self._block_start + self.geometry.buffer_batches < self.num_batches:
+            self._begin_next_block(self._side_stream)
 
-    def _shard_activations(
-        self, tokens: Int64[Tensor, "sequences context_length"], shard: int
-    ) -> Float[Tensor, "shard_tokens d_model"]:
-        """Return a shard with each token at its place in the shuffled order, from the cache if it is there.
+    def _begin_next_block(self, side_stream: SideStream) -> None:
+        """Let another thread read the sequences and run the language model; this one reads no sequences meanwhile."""
+        block, self._spare = self._spare if self._spare is not None else self._maker.empty(), None
+        position = self._position + self.geometry.sequences
+        source_state = self._sequences.state_dict()
+        side_stream.follow()  # micro-batches may still be copied from the memory
 
-        Never of several shards at once, so that the activations do not depend on the number of ranks.
-        """
-        generator = seeded_generator("block", self._seed, self._position, shard, self.geometry.num_shards)
-        slots, copies = assign_slots(self._included(tokens), self.geometry.shard_tokens, generator)
-        if copies.shape[1]:
-            self.redrawn_tokens += copies.shape[1]
-            log.info(
-                f"{copies.shape[1]} of {self.geometry.shard_tokens} tokens of shard {shard} of the block at sequence "
-                f"{self._position} were drawn twice, as special tokens left too few"
-            )
-        if self._cache is None:
-            return self._run_model(tokens, slots, copies)
-        return self._cache.get(self._position, shard, tokens, lambda: self._run_model(tokens, slots, copies))
+        def fill(pause_point: Callable[[], None]) -> None:
+            with side_stream.use():
+                self._maker.fill(block, position, pause_point)
 
-    def _run_model(
-        self,
-        tokens: Int64[Tensor, "sequences context_length"],
-        slots: Int64[Tensor, "sequences context_length"],
-        copies: Int64[Tensor, "2 copies"],
-    ) -> Float[Tensor, "shard_tokens d_model"]:
-        """Run the language model on a shard's sequences; put the activations where `assign_slots` says."""
-        shuffled = torch.empty(self.geometry.shard_tokens, self._d_model, device=self._device)
-        for batch, batch_slots in zip(tokens.split(self._lm_batch), slots.split(self._lm_batch), strict=True):
-            activations = self._mlp_in(batch.to(self._device)).flatten(0, 1)
-            batch_slots = batch_slots.flatten().to(self._device)
-            kept = batch_slots >= 0
-            shuffled[batch_slots[kept]] = activations[kept].float()
-        shuffled[copies[0].to(self._device)] = shuffled[copies[1].to(self._device)]
-        return shuffled
+        self._next = _NextBlock(Task(fill), block, source_state)
 
     @property
     def _dtype(self) -> str:
@@ -275,23 +250,3 @@ class ActivationLoader:
             position=state["sequence_position"],
             source_state=state["source"],
         )
-
-
-def assign_slots(
-    included: Bool[Tensor, "sequences context_length"], num_slots: int, generator: torch.Generator
-) -> tuple[Int64[Tensor, "sequences context_length"], Int64[Tensor, "2 copies"]]:
-    """Draw a random place in a block of `num_slots` tokens for every included token.
-
-    Returns:
-        The slot of each position, -1 for positions that are excluded or surplus; and, where there are too few tokens,
-        the slots that are left and, for each, the slot of a token drawn at random to be copied there.
-    """
-    slots = torch.full(included.shape, -1, dtype=torch.int64)
-    num_tokens = int(included.sum())
-    if num_tokens == 0:
-        raise UserError("data.exclude_special_tokens: a block of the data holds special tokens only: set it to false")
-    order = torch.randperm(max(num_tokens, num_slots), generator=generator)
-    slots[included] = torch.where(order[:num_tokens] < num_slots, order[:num_tokens], -1)
-    left = order[num_tokens:]
-    drawn = torch.randint(num_tokens, (len(left),), generator=generator)
-    return slots, torch.stack([left, order[drawn]])

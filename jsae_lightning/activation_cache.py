@@ -30,7 +30,7 @@ from jsae_lightning.config_schema import DataConfig
 from jsae_lightning.errors import UserError
 
 if TYPE_CHECKING:
-    from jsae_lightning.activation_buffer import BlockGeometry
+    from jsae_lightning.block_maker import BlockGeometry
     from jsae_lightning.language_model import LanguageModel
     from jsae_lightning.packing import PositionMask
 

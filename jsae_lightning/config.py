@@ -33,6 +33,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "data.source": (*SOURCES, SYNTHETIC),
     "data.bos": ("auto", "never", "document", "sequence"),
     "data.cache_dtype": ("float32", "bfloat16"),
+    "data.prefetch": ("auto", True, False),
     "jacobian.penalty": PENALTIES,
     "jacobian.at": ("input", "reconstruction"),
     "jacobian.edges": ("jacobian", "contribution"),

@@ -53,6 +53,7 @@ class DataConfig:
     buffer_batches: int = MISSING
     num_shards: int | None = MISSING
     lm_batch_sequences: int = MISSING
+    prefetch: Any = MISSING
     val_sequences: int = MISSING
     val_fraction: float = MISSING
     repeat: bool = MISSING

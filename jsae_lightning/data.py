@@ -18,8 +18,9 @@ from jaxtyping import Bool, Int64
 from lightning import LightningDataModule
 from torch import Tensor
 
-from jsae_lightning.activation_buffer import ActivationLoader, BlockGeometry, sequences_per_shard
+from jsae_lightning.activation_buffer import ActivationLoader
 from jsae_lightning.activation_cache import ActivationCache, check_cache_dir, open_cache
+from jsae_lightning.block_maker import BlockGeometry, sequences_per_shard
 from jsae_lightning.config_schema import make_data_config
 from jsae_lightning.documents import document_ids, find_separators
 from jsae_lightning.errors import UserError
@@ -109,6 +110,7 @@ class ActivationDataModule(LightningDataModule):
         self._rank, self._world_size, self._device = 0, 1, device
         self._sequences: _Sequences | None = None
         self._cache: ActivationCache | None = None
+        self._loader: ActivationLoader | None = None
 
     @property
     def frozen_mlp(self) -> FrozenMLP:
@@ -164,7 +166,7 @@ class ActivationDataModule(LightningDataModule):
         self._cache = open_cache(
             self._config, self.language_model, self._mask, self.geometry, own, blocks=self._blocks(), rank=self._rank
         )
-        return ActivationLoader(
+        self._loader = ActivationLoader(
             sequences,
             self.language_model.mlp_in,
             self.included,
@@ -178,10 +180,30 @@ class ActivationDataModule(LightningDataModule):
             rank=self._rank,
             world_size=self._world_size,
             cache=self._cache,
+            prefetch=self._prefetch,
         )
+        return self._loader
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of this rank's part of one block of activations."""
+        return self.geometry.tokens // self._world_size * self.language_model.architecture.d_model * 4
+
+    @property
+    def _prefetch(self) -> bool:
+        """Whether the next block is made while one is served: `auto` where the device works beside the processor."""
+        wanted = self._config.prefetch
+        return self.language_model.device.type == "cuda" if wanted == "auto" else wanted
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Let no block be made any more."""
+        if self._loader is not None:
+            self._loader.close()
 
     def teardown(self, stage: str | None = None) -> None:
         """Say what this rank read from the cache and wrote to it."""
+        if self._loader is not None:
+            self._loader.close()
         if self._cache is not None and self._rank == 0:
             log.info(self._cache.report())
 
@@ -209,14 +231,16 @@ class ActivationDataModule(LightningDataModule):
             epochs = f" in {self._needed_sequences() / num:.2f} epochs"
         wanted = self._config.val_sequences
         fewer = f" ({wanted} asked for, no more are held out)" if len(self.val_tokens) < wanted else ""
-        megabytes = geometry.tokens // self._world_size * self.language_model.architecture.d_model * 4 / 1e6
+        blocks = 2 if self._prefetch and self._blocks() > 1 else 1
+        megabytes = self.block_bytes * blocks / 1e6
+        next_block = ", with the next block, which is made in the background" if blocks == 2 else ""
         return (
             f"data: {self._where}: {amount}{self._sequences.note}; bos={self._encoder.packing.bos}; training takes "
             f"{tokens / 1e6:.2f} M tokens{epochs}; validation on {len(self.val_tokens)} sequences{fewer}\n"
             f"activation buffer: {geometry.buffer_batches} batches of {geometry.batch_tokens:,} tokens = "
             f"{geometry.tokens:,} tokens of {geometry.sequences:,} sequences, "
             f"shuffled in {geometry.num_shards} shards; "
-            f"{megabytes:.1f} MB on each of {self._world_size} rank(s)"
+            f"{megabytes:.1f} MB on each of {self._world_size} rank(s){next_block}"
         )
 
     # Sequences

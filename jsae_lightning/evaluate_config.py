@@ -22,7 +22,7 @@ PARTS = ("figures", "fidelity", "graph", "ground_truth")
 
 _OF_TRAINING = {  # keys of `data` without a meaning here, and what they are set to
     "train_tokens": 1, "batch_tokens": 64, "buffer_batches": 1, "num_shards": 1, "lm_batch_sequences": 1,
-    "repeat": True, "cache_dir": None, "cache_dtype": "float32",
+    "prefetch": False, "repeat": True, "cache_dir": None, "cache_dtype": "float32",
 }  # fmt: skip
 _OF_THE_SAES = ("context_length", "exclude_first_position", "exclude_special_tokens")
 _POSITIVE = (

@@ -8,6 +8,7 @@ only: attention stays transformers' own, at its speed.
 import contextlib
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
@@ -69,7 +70,8 @@ class LanguageModel:
 
     Attributes: `name`, `revision`, `layer`, `architecture`, `device`, and `frozen_mlp`, the layer's MLP as a
     `FrozenMLP` in float32 on `device`. No nn.Module on purpose: it must enter neither a checkpoint nor DDP, and
-    `train()` must not wake its dropout. Build it in the process that uses it; it cannot be pickled.
+    `train()` must not wake its dropout. Build it in the process that uses it; it cannot be pickled. Several threads may
+    use it, one forward pass at a time.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class LanguageModel:
         self.frozen_mlp = frozen_mlp
         self.name, self.revision, self.layer = name, revision, layer
         self.architecture, self.device = architecture, device
+        self._lock = threading.RLock()  # the hooks of one forward pass are on the model while it runs
 
     @classmethod
     def load(
@@ -205,7 +208,7 @@ class LanguageModel:
 
     def _run(self, tokens: Tensor, hooks: list[tuple[str, Callable]], *, return_type: str | None) -> Any:
         sites = [(f"blocks.{self.layer}.mlp.{site}", hook) for site, hook in hooks]
-        with _own_precision(self.device):
+        with self._lock, _own_precision(self.device):
             return self._bridge.run_with_hooks(
                 tokens.to(self.device), fwd_hooks=sites, return_type=return_type, use_cache=False
             )

@@ -61,6 +61,7 @@ def data_settings(**changes: Any) -> dict[str, Any]:
         "buffer_batches": 4,
         "num_shards": None,
         "lm_batch_sequences": 3,
+        "prefetch": "auto",
         "val_sequences": 4,
         "val_fraction": 0.2,
         "repeat": True,

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from data_factories import NumberTokenizer, tagged_texts
-from jsae_lightning.activation_buffer import ActivationLoader, BlockGeometry, assign_slots, sequences_per_shard
+from jsae_lightning.activation_buffer import ActivationLoader
+from jsae_lightning.block_maker import BlockGeometry, assign_slots, sequences_per_shard
 from jsae_lightning.errors import UserError
 from jsae_lightning.packing import ArrayRows, Encoder, PackedSequences, Packing, PositionMask, make_packing
 from jsae_lightning.sequence_sources import PackedStream, ShuffledSequences

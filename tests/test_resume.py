@@ -61,7 +61,7 @@ _STEP = ("jsae_lightning.module:JSAEModule", "training_step")
 FAULTS = {
     "first_step": functools.partial(_patch, *_STEP, 1),
     "inside_block": functools.partial(_patch, *_STEP, 14),
-    "block_boundary": functools.partial(_patch, "jsae_lightning.activation_buffer:ActivationLoader", "_fill", 3),
+    "block_boundary": functools.partial(_patch, "jsae_lightning.block_maker:BlockMaker", "fill", 3),
     "evaluation": functools.partial(_patch, "jsae_lightning.evaluation", "_jacobian_sums", 4),
     "checkpoint_write": functools.partial(_half_written_checkpoint, 4),
     "after_rename": functools.partial(
