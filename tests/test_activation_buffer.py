@@ -62,6 +62,9 @@ def loader(
     world_size=1,
     model=None,
     cache=None,
+    prefetch=False,
+    device="cpu",
+    d_model=D_MODEL,
 ):
     """A shard for each rank, unless `shards` says otherwise; `share` and `count`: its tokens of a batch, sequences."""
     shards = shards or world_size
@@ -69,8 +72,8 @@ def loader(
         sequences or shuffled(),
         (model or FakeModel()).mlp_in,
         included or PositionMask(False, ()),
-        d_model=D_MODEL,
-        device="cpu",
+        d_model=d_model,
+        device=device,
         geometry=BlockGeometry(share * shards, buffer_batches, shards, count),
         num_batches=num,
         micro_batches=micro_batches,
@@ -79,6 +82,7 @@ def loader(
         rank=rank,
         world_size=world_size,
         cache=cache,
+        prefetch=prefetch,
     )
 
 
