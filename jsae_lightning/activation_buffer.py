@@ -47,10 +47,10 @@ class ActivationLoader:
     """A sized, stateful, iterable loader of shuffled MLP inputs.
 
     Yields float32 (batch_tokens / world_size / micro_batches, d_model) tensors on `device`, `num_batches` times
-    `micro_batches` of them. Only blocks are made ahead: after n micro-batches the state says n, and iterating again goes
-    on from there (a finished loader starts over). Memory: this rank's part of one block (with `prefetch` of two, of
-    which one is being made), one shard and one micro-batch. What goes wrong with a block that is made ahead is raised
-    when its first micro-batch is asked for, as without `prefetch`.
+    `micro_batches` of them. Only blocks are made ahead: after n micro-batches the state says n, and iterating again
+    goes on from there (a finished loader starts over). Memory: this rank's part of one block (with `prefetch` of two,
+    of which one is being made), one shard and one micro-batch. What goes wrong with a block that is made ahead is
+    raised when its first micro-batch is asked for, as without `prefetch`.
 
     State (`state_dict`, primitives and tensors, the same on every rank):
         batch               whole batches served so far

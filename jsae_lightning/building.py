@@ -16,6 +16,7 @@ from jsae_lightning import kernels
 from jsae_lightning.architecture import read_architecture
 from jsae_lightning.atomic_files import remove_leftovers
 from jsae_lightning.callbacks.checkpointing import AtomicCheckpointIO
+from jsae_lightning.callbacks.memory import MemoryEstimate
 from jsae_lightning.checkpoint import find_checkpoint, read_checkpoint, save_pair
 from jsae_lightning.config import build, jacobian_coef, model_arguments, sae_widths, to_dict
 from jsae_lightning.data import ActivationDataModule
@@ -120,7 +121,7 @@ def build_experiment(cfg: DictConfig, *, on_lost_rank: Callable[[str], None] = l
         torch.set_num_threads(cfg.num_threads)
     kernels.select_kernels(cfg.kernels)
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
-    trainer = build_trainer(cfg, RankWatch(on_lost_rank, cfg.paths.output_dir))
+    trainer = build_trainer(cfg, RankWatch(on_lost_rank, cfg.paths.output_dir), build_memory_estimate(cfg))
     module = build_module(cfg, architecture.d_model)
     checkpoint = choose_checkpoint(cfg)
     if checkpoint is not None:
@@ -188,6 +189,16 @@ def build_trainer(cfg: DictConfig, *more_callbacks: lightning.Callback) -> light
         logger=loggers,
         plugins=[AtomicCheckpointIO(), *plugins],
         default_root_dir=cfg.paths.output_dir,
+    )
+
+
+def build_memory_estimate(cfg: DictConfig) -> MemoryEstimate:
+    """Build the callback that says how much memory training will take."""
+    return MemoryEstimate(
+        batch_tokens=cfg.data.batch_tokens,
+        lm_batch_sequences=cfg.data.lm_batch_sequences,
+        evaluation_sequences=cfg.eval.batch_sequences if cfg.callbacks.get("evaluation") else 0,
+        kernels=cfg.kernels,
     )
 
 

@@ -180,7 +180,7 @@ class ActivationDataModule(LightningDataModule):
             rank=self._rank,
             world_size=self._world_size,
             cache=self._cache,
-            prefetch=self._prefetch,
+            prefetch=self.prefetch,
         )
         return self._loader
 
@@ -190,10 +190,11 @@ class ActivationDataModule(LightningDataModule):
         return self.geometry.tokens // self._world_size * self.language_model.architecture.d_model * 4
 
     @property
-    def _prefetch(self) -> bool:
-        """Whether the next block is made while one is served: `auto` where the device works beside the processor."""
+    def prefetch(self) -> bool:
+        """Whether the next block is made while one is served; `auto`: where the device works beside the processor."""
         wanted = self._config.prefetch
-        return self.language_model.device.type == "cuda" if wanted == "auto" else wanted
+        is_wanted = self.language_model.device.type == "cuda" if wanted == "auto" else bool(wanted)
+        return is_wanted and self._blocks() > 1
 
     def on_exception(self, exception: BaseException) -> None:
         """Let no block be made any more."""
@@ -231,7 +232,7 @@ class ActivationDataModule(LightningDataModule):
             epochs = f" in {self._needed_sequences() / num:.2f} epochs"
         wanted = self._config.val_sequences
         fewer = f" ({wanted} asked for, no more are held out)" if len(self.val_tokens) < wanted else ""
-        blocks = 2 if self._prefetch and self._blocks() > 1 else 1
+        blocks = 2 if self.prefetch else 1
         megabytes = self.block_bytes * blocks / 1e6
         next_block = ", with the next block, which is made in the background" if blocks == 2 else ""
         return (

@@ -191,6 +191,17 @@ class LanguageModel:
         ]
         return self._run(tokens, hooks, return_type="logits").float()
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its parameters and buffers."""
+        tensors = chain(self._bridge.parameters(), self._bridge.buffers())
+        return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one of its parameters' numbers."""
+        return next(iter(self._bridge.parameters())).element_size()
+
     def weights_hash(self) -> str:
         """Hash (hex) of every parameter and buffer, in the model's dtype, and of the settings that they are used with.
 

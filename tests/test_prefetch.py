@@ -12,7 +12,15 @@ from jsae_lightning.background import StoppedError, Task
 from jsae_lightning.errors import RunError
 from jsae_lightning.language_model import LanguageModel
 from running import environment
-from test_activation_buffer import BUFFER_BATCHES, D_MODEL, NUM_SHARDS, FakeModel, loader, shuffled, streamed, through_a_file
+from test_activation_buffer import (
+    BUFFER_BATCHES,
+    NUM_SHARDS,
+    FakeModel,
+    loader,
+    shuffled,
+    streamed,
+    through_a_file,
+)
 from tiny_models import make_model_dir
 
 PATIENCE_S = 60.0

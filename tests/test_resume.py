@@ -102,6 +102,19 @@ def test_killed_and_resumed_equals_uninterrupted(moment, material, uninterrupted
     assert_same_run(run, uninterrupted)
 
 
+@pytest.mark.parametrize("moment", ["inside_block", "block_boundary", "evaluation"])
+def test_killed_and_resumed_with_blocks_made_ahead(moment, material, uninterrupted, tmp_path):
+    """The run that made them ahead until it was killed and no more afterwards equals the one that never did."""
+    run, output = tmp_path / "run", tmp_path / "output"
+    overrides = [*toy_overrides(*material, run), "data.prefetch=true"]
+    assert train(overrides, output=output, fault=FAULTS[moment]) == -9
+    assert "made in the background" in output.read_text()
+    again = ["ckpt_path=auto", f"hydra.run.dir={run}"]
+    after = ["data.prefetch=false"] if moment == "evaluation" else []
+    assert train([*again, *after], output=output) == 0, output.read_text()
+    assert_same_run(run, uninterrupted)
+
+
 @pytest.fixture(scope="module")
 def streamed(material, tmp_path_factory):
     """Overrides of a run on a streamed data set of three shards, and the uninterrupted run."""

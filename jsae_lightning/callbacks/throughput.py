@@ -15,7 +15,8 @@ class Throughput(StepCallback):
     """Logs the speed of training every `log_every_n_steps` optimizer steps of the trainer.
 
     * `time/tokens_per_second`: tokens of all ranks over the seconds since it was last logged, with filling the
-      activation buffer (the language model's work), without what ran inside `paused` (evaluations, figures, saves);
+      activation buffer (the language model's work), without what ran inside `paused` (evaluations, figures, saves; a
+      block that is made in the background meanwhile counts as free);
     * `time/seconds`: wall-clock seconds of training so far, everything included, over all parts of a resumed run.
 
     `final_metrics` has both for the whole run, and the seconds spent inside `paused`.

@@ -50,6 +50,16 @@ class SyntheticLanguageModel(LanguageModel):
         self._unembed = (unembed * self.spec.readout_scale).to(device, torch.float32)
         self._directions_in = self.computation.directions_in.to(device, torch.float32)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensors that it computes with."""
+        return self._unembed.nbytes + self._directions_in.nbytes
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one of its numbers."""
+        return self._unembed.element_size()
+
     @torch.no_grad()
     def features(self, tokens: Int64[Tensor, "batch seq"]) -> Float[Tensor, "batch seq n_in"]:
         """Return the true activation of each input feature, float64."""
