@@ -1,11 +1,12 @@
 """Says before training starts how much memory it will take."""
 
 import logging
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from jsae_lightning.memory import LanguageModelShape, StepShape, describe, run_parts
+from jsae_lightning.module import JSAEModule
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,8 @@ class MemoryEstimate(Callback):
         if not trainer.is_global_zero:
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        model, pair, mlp = data.language_model, pl_module.pair, data.frozen_mlp
+        module = cast(JSAEModule, pl_module)
+        model, pair, mlp = data.language_model, module.pair, data.frozen_mlp
         on_cpu = model.device.type == "cpu"
         kernels = ("cpu" if on_cpu else "reference") if self._kernels == "auto" else self._kernels
         length = data.val_tokens.shape[1]
@@ -43,7 +45,7 @@ class MemoryEstimate(Callback):
             k=pair.input_sae.k,
             k_output=pair.output_sae.k,
             gated=mlp.is_gated,
-            penalty=pl_module.jacobian_coef > 0,
+            penalty=module.jacobian_coef > 0,
             kernels=kernels,
             precision=str(trainer.precision),
         )
