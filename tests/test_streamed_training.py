@@ -89,15 +89,16 @@ def test_a_stream_that_recovers_changes_nothing(kind, material, undisturbed, tmp
     assert_same_run(tmp_path / "run", undisturbed[0])
 
 
-@pytest.mark.parametrize("kind", REASONS)
-def test_a_stream_that_stays_broken_ends_in_one_line_and_goes_on_later(kind, material, undisturbed, tmp_path):
+@pytest.mark.parametrize(("kind", "prefetch"), [*((kind, "false") for kind in REASONS), ("503", "true")])
+def test_a_stream_that_stays_broken_ends_in_one_line_and_goes_on_later(kind, prefetch, material, undisturbed, tmp_path):
     model, shards = material
     folder, output = tmp_path / "run", tmp_path / "output"
     expected, usual_s = undisturbed
     with stream_server(shards) as server:
         server.fault = fault(kind)
         began = time.monotonic()
-        assert train(server, overrides(model, folder), output) == 1, output.read_text()
+        arguments = [*overrides(model, folder), f"data.prefetch={prefetch}"]
+        assert train(server, arguments, output) == 1, output.read_text()
         waits = sum(2**tries for tries in range(RETRIES))
         assert time.monotonic() - began < usual_s + waits + 2 * TIMEOUT_S * (RETRIES + 1) + 20
         text = output.read_text()
