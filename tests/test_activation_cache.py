@@ -17,6 +17,7 @@ from comparing import assert_same, assert_same_run, checkpoint
 from data_factories import data_settings
 from jsae_lightning import activation_cache, cache_files
 from jsae_lightning.activation_cache import ActivationCache
+from jsae_lightning.block_maker import BlockGeometry
 from jsae_lightning.cache_files import DamagedFileError, locked, read_shard, write_shard
 from jsae_lightning.data import ActivationDataModule
 from jsae_lightning.errors import UserError
