@@ -1,0 +1,89 @@
+"""Who is measured, by name: each a function that runs one step, forward and backward, and returns its loss.
+
+The floor and the language model's forward have no backward pass and no loss. The floor is the dense products alone,
+each once and forward only, every result in memory of its own, in the run's dtype:
+
+    x W_enc_x,  y W_enc_y          (tokens, d_sae) each
+    y = MLP(x)                     two products and the activation function; three products if gated
+    W_dec_x W_in,  W_out W_enc_y   (d_sae, d_mlp) each; one more, W_dec_x W_gate, if gated
+
+Not in it: the choice of the k largest, decoding, every gradient, J itself. Under bf16-mixed its MLP is bfloat16 too,
+although training keeps it in float32.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from jsae_lightning.benchmarking import published
+from jsae_lightning.benchmarking.language_models import ModelForward
+from jsae_lightning.benchmarking.names import (
+    FLOOR,
+    MODEL,
+    OURS,
+    OURS_QUARTER,
+    OURS_WITHOUT,
+    PAIR_DENSE,
+    PUBLISHED,
+    SINGLE_DENSE,
+)
+from jsae_lightning.benchmarking.problem import Loss, Problem
+from jsae_lightning.jacobians import jacobian_from_latents
+from jsae_lightning.penalties import l1
+
+Step = Callable[[], Tensor | None]
+QUARTER = 4
+"""With `jacobian.token_fraction=0.25` every fourth step has a penalty, of four times the weight."""
+
+
+def make_steps(name: str, problem: Problem, model: ModelForward | None = None) -> list[Step]:
+    """Return the steps of the contestant `name`: one, or several whose mean is a step of it.
+
+    `model` is needed for the language model alone.
+    """
+    if name == FLOOR:
+        return [lambda: run_floor(problem)]
+    if name == MODEL:
+        assert model is not None
+        return [model]
+    return [partial(problem.forward_and_backward, loss) for loss in losses(problem)[name]]
+
+
+def losses(problem: Problem) -> dict[str, list[Loss]]:
+    """Return the losses of every contestant that has some."""
+    pair, mlp, x, coef = problem.pair, problem.mlp, problem.x, problem.coef
+    return {
+        SINGLE_DENSE: [partial(published.traditional_loss, pair.input_sae, x)],
+        PAIR_DENSE: [partial(published.traditional_pair_loss, pair, mlp, x)],
+        PUBLISHED: [partial(published.jsae_loss, pair, mlp, x, coef)],
+        OURS_WITHOUT: [partial(own_loss, problem, 0.0)],
+        OURS: [partial(own_loss, problem, coef)],
+        OURS_QUARTER: [partial(own_loss, problem, QUARTER * coef), *[partial(own_loss, problem, 0.0)] * (QUARTER - 1)],
+    }
+
+
+def own_loss(problem: Problem, coef: float) -> Float[Tensor, ""]:
+    """The loss of training with the paper's penalty: MSE(x, x_hat) + MSE(y, y_hat) + coef mean |J|, without AuxK."""
+    pair, mlp, x = problem.pair, problem.mlp, problem.x
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        y, slopes = mlp.forward_with_slopes(x) if coef else (mlp(x), ())
+    (x_hat, latents_in), (y_hat, latents_out) = pair.input_sae(x), pair.output_sae(y)
+    loss = (x - x_hat).square().mean() + (y - y_hat).square().mean()
+    return loss + coef * l1(jacobian_from_latents(pair, mlp, slopes, latents_in, latents_out).values) if coef else loss
+
+
+@torch.no_grad()
+def run_floor(problem: Problem) -> None:
+    """Compute the products that the module's docstring lists."""
+    pair, mlp, x = problem.pair, problem.mlp, problem.x
+    with problem.autocast():
+        y = mlp(x)
+        x @ pair.input_sae.W_enc
+        y @ pair.output_sae.W_enc
+        pair.output_sae.W_enc.T @ mlp.W_out.T
+        for weight in (mlp.W_in, mlp.W_gate):
+            if weight is not None:
+                pair.input_sae.W_dec @ weight
