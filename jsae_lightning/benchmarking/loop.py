@@ -5,7 +5,7 @@ runs and when a step does. From these intervals, on one clock:
 
     wall            from the fetching of the first batch to the end, without `paused`: evaluation, figures, saves
     language model  its forward passes that fill the activation buffer
-    step            forward, backward, optimizer with all that belongs to it (clipping, the decoders' projection and norm)
+    step            forward, backward, optimizer, with clipping and the projection and norm of the decoders
     lost            wall - time in which the language model or a step ran, be it at the same time
 """
 
