@@ -31,12 +31,15 @@ from jsae_lightning.benchmarking.names import (
     SINGLE_DENSE,
 )
 from jsae_lightning.benchmarking.problem import Loss, Problem
-from jsae_lightning.jacobians import jacobian_from_latents
-from jsae_lightning.penalties import l1
+from jsae_lightning.jacobians import edge_penalty
+from jsae_lightning.losses import pair_losses
+from jsae_lightning.penalties import make_penalty
+from jsae_lightning.schedules import penalizes
 
 Step = Callable[[], Tensor | None]
-QUARTER = 4
-"""With `jacobian.token_fraction=0.25` every fourth step has a penalty, of four times the weight."""
+QUARTER = 0.25
+"""Of the tokens: `jacobian.token_fraction=0.25` gives every fourth step a penalty, of four times the weight."""
+_PENALTY = edge_penalty(make_penalty("l1"), "jacobian")
 
 
 def make_steps(name: str, problem: Problem, model: ModelForward | None = None) -> list[Step]:
@@ -61,18 +64,16 @@ def losses(problem: Problem) -> dict[str, list[Loss]]:
         PUBLISHED: [partial(published.jsae_loss, pair, mlp, x, coef)],
         OURS_WITHOUT: [partial(own_loss, problem, 0.0)],
         OURS: [partial(own_loss, problem, coef)],
-        OURS_QUARTER: [partial(own_loss, problem, QUARTER * coef), *[partial(own_loss, problem, 0.0)] * (QUARTER - 1)],
+        OURS_QUARTER: [
+            partial(own_loss, problem, coef / QUARTER if penalizes(step, QUARTER) else 0.0)
+            for step in range(round(1 / QUARTER))
+        ],
     }
 
 
 def own_loss(problem: Problem, coef: float) -> Float[Tensor, ""]:
-    """The loss of training with the paper's penalty: MSE(x, x_hat) + MSE(y, y_hat) + coef mean |J|, without AuxK."""
-    pair, mlp, x = problem.pair, problem.mlp, problem.x
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        y, slopes = mlp.forward_with_slopes(x) if coef else (mlp(x), ())
-    (x_hat, latents_in), (y_hat, latents_out) = pair.input_sae(x), pair.output_sae(y)
-    loss = (x - x_hat).square().mean() + (y - y_hat).square().mean()
-    return loss + coef * l1(jacobian_from_latents(pair, mlp, slopes, latents_in, latents_out).values) if coef else loss
+    """The loss that `JSAEModule` trains with, the paper's penalty, without AuxK: MSE(x) + MSE(y) + coef mean |J|."""
+    return pair_losses(problem.pair, problem.mlp, problem.x, _PENALTY if coef else None).total(coef)
 
 
 @torch.no_grad()
