@@ -27,6 +27,7 @@ from jsae_lightning.benchmarking.shapes import Settings, Shape
 from jsae_lightning.errors import RunError
 
 _STATUS = Path("/proc/self/status")
+_MEMINFO = Path("/proc/meminfo")
 _CLEAR = Path("/proc/self/clear_refs")
 _CGROUP = Path("/sys/fs/cgroup")
 _KEPT_SHARE = 0.15
@@ -66,11 +67,17 @@ def peak_growth(step: Callable[[], object]) -> int | None:
     _give_back()
     try:
         _CLEAR.write_text("5", encoding="ascii")  # "5": reset the high-water mark to what is resident now
-        before = status_bytes("VmRSS")
     except OSError:
-        before = None
+        step()
+        return None
+    before = resident_bytes()
     step()
-    return None if before is None else max(0, status_bytes("VmHWM") - before)
+    return max(0, _kilobytes(_STATUS, "VmHWM") - before)
+
+
+def resident_bytes() -> int:
+    """Return the memory that this process has in use, 0 where the system does not tell."""
+    return _kilobytes(_STATUS, "VmRSS") if _STATUS.exists() else 0
 
 
 def peak_allocated(step: Callable[[], object]) -> int:
@@ -94,16 +101,14 @@ def limit_to_free_memory() -> None:
     """Let this process take what is free now and no more: allocations beyond it fail with an error."""
     free = free_bytes()
     if free is not None:
-        resource.setrlimit(resource.RLIMIT_DATA, (status_bytes("VmData") + free,) * 2)
+        resource.setrlimit(resource.RLIMIT_DATA, (_kilobytes(_STATUS, "VmData") + free,) * 2)
 
 
 def free_bytes() -> int | None:
     """Return the bytes that may be taken without harm: of the machine, and of its control group; None off Linux."""
-    try:
-        meminfo = Path("/proc/meminfo").read_text(encoding="ascii")
-    except OSError:
+    if not _MEMINFO.exists():
         return None
-    free = max(0, _kilobytes(meminfo, "MemAvailable") - int(_KEPT_SHARE * _kilobytes(meminfo, "MemTotal")))
+    free = max(0, _kilobytes(_MEMINFO, "MemAvailable") - int(_KEPT_SHARE * _kilobytes(_MEMINFO, "MemTotal")))
     try:
         limit = int((_CGROUP / "memory.max").read_text(encoding="ascii"))
         used = int((_CGROUP / "memory.current").read_text(encoding="ascii"))
@@ -112,14 +117,10 @@ def free_bytes() -> int | None:
     return max(0, min(free, limit - used))
 
 
-def status_bytes(key: str) -> int:
-    """Return a size of this process, such as VmRSS, as Linux tells it."""
-    return _kilobytes(_STATUS.read_text(encoding="ascii"), key)
-
-
-def _kilobytes(text: str, key: str) -> int:
-    (line,) = [line for line in text.splitlines() if line.startswith(f"{key}:")]
-    return int(line.split()[1]) * 1024
+def _kilobytes(file: Path, key: str) -> int:
+    """Return a size that a file of Linux gives in kB, in bytes."""
+    lines = file.read_text(encoding="ascii").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 
 
 def _give_back() -> None:

@@ -14,7 +14,7 @@ from jsae_lightning.benchmarking.memory import (
     is_out_of_memory,
     limit_to_free_memory,
     peak_growth,
-    status_bytes,
+    resident_bytes,
 )
 from jsae_lightning.benchmarking.names import MODEL
 from jsae_lightning.benchmarking.problem import make_problem
@@ -38,10 +38,10 @@ def measure(name: str, shape: Shape, settings: Settings) -> Peak:
     limit_to_free_memory()
     try:
         _first_step(name, dataclasses.replace(shape, tokens=min(shape.tokens, 16)), settings)()
-        before = status_bytes("VmRSS")
+        before = resident_bytes()
         step = _first_step(name, shape, settings)
-        built = status_bytes("VmRSS") - before
-        return Peak(peak_growth(step), started_with=max(0, built))
+        built = max(0, resident_bytes() - before)
+        return Peak(peak_growth(step), started_with=built)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
