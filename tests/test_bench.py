@@ -144,6 +144,20 @@ def test_a_contestants_peak_is_measured_in_a_process_of_its_own():
     assert 30e6 < peak.bytes < 60e6
 
 
+def test_free_memory_is_the_machines_less_a_share_or_the_control_groups(tmp_path, monkeypatch):
+    (tmp_path / "meminfo").write_text("MemTotal:  1000 kB\nMemFree:  500 kB\nMemAvailable:  700 kB\n")
+    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    assert memory.free_bytes() == (700 - 150) * 1024
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("1024\n")
+    assert memory.free_bytes() == (700 - 150) * 1024
+    (tmp_path / "memory.max").write_text("5120\n")
+    assert memory.free_bytes() == 4096
+    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "missing")
+    assert memory.free_bytes() is None
+
+
 def test_what_does_not_fit_is_said_not_tried_to_the_end():
     shape = Shape(2**34, 128, 512, 2048, 16, False, "gelu")
     assert memory.measure_apart(OURS, shape, Settings("tiny")) == memory.Peak(None, fits=False)

@@ -17,21 +17,21 @@ NOTHING = {"language_model": [], "forward": [], "backward": [], "step": [], "bet
 
 def test_the_length_of_a_union_counts_nothing_twice():
     assert union_length([]) == 0
-    assert union_length([(4, 5), (0, 2), (1, 3)]) == 4
-    assert union_length([(0, 10), (2, 3), (5, 6)]) == 10
-    assert union_length([(0, 1), (1, 2)]) == 2
+    assert union_length([(4.0, 5.0), (0.0, 2.0), (1.0, 3.0)]) == 4
+    assert union_length([(0.0, 10.0), (2.0, 3.0), (5.0, 6.0)]) == 10
+    assert union_length([(0.0, 1.0), (1.0, 2.0)]) == 2
 
 
 def test_the_parts_of_a_loop_by_hand():
     """Between batches 0 to 4, of which the model runs 3; the step 5 to 9, of which forward 2 and backward 1; to 10."""
     parts = NOTHING | {
-        "between": [(0, 4)],
+        "between": [(0.0, 4.0)],
         "language_model": [(0.5, 3.5)],
-        "step": [(5, 9)],
-        "forward": [(5, 7)],
+        "step": [(5.0, 9.0)],
+        "forward": [(5.0, 7.0)],
         "backward": [(7.5, 8.5)],
     }
-    assert loop_seconds((0, 10), parts) == {
+    assert loop_seconds((0.0, 10.0), parts) == {
         "wall": 10,
         "language_model": 3,
         "forward": 2,
@@ -47,22 +47,31 @@ def test_the_parts_of_a_loop_by_hand():
 
 
 def test_a_model_that_runs_beside_the_steps_loses_nothing():
-    parts = NOTHING | {"between": [(0, 1), (4, 5)], "language_model": [(0, 3)], "step": [(1, 4), (5, 9)]}
-    found = loop_seconds((0, 10), parts)
+    parts = NOTHING | {
+        "between": [(0.0, 1.0), (4.0, 5.0)],
+        "language_model": [(0.0, 3.0)],
+        "step": [(1.0, 4.0), (5.0, 9.0)],
+    }
+    found = loop_seconds((0.0, 10.0), parts)
     assert (found["language_model"], found["step"], found["overlap"]) == (3, 7, 2)
     assert (found["lost"], found["lost_between"], found["lost_around"]) == (2, 1, 1)
 
 
 def test_a_pause_counts_nowhere():
     """An evaluation from 4 to 8 in which the language model runs as well."""
-    parts = NOTHING | {"language_model": [(0, 2), (5, 6)], "step": [(2, 4)], "paused": [(4, 8)], "between": [(0, 2)]}
-    found = loop_seconds((0, 10), parts)
+    parts = NOTHING | {
+        "language_model": [(0.0, 2.0), (5.0, 6.0)],
+        "step": [(2.0, 4.0)],
+        "paused": [(4.0, 8.0)],
+        "between": [(0.0, 2.0)],
+    }
+    found = loop_seconds((0.0, 10.0), parts)
     assert (found["wall"], found["paused"], found["language_model"], found["step"], found["lost"]) == (6, 4, 2, 2, 2)
 
 
 def test_micro_batches_without_an_optimizer_step_are_steps_too():
-    parts = NOTHING | {"forward": [(0, 1), (3, 4)], "backward": [(1, 2), (4, 5)], "step": [(3, 6)]}
-    found = loop_seconds((0, 6), parts)
+    parts = NOTHING | {"forward": [(0.0, 1.0), (3.0, 4.0)], "backward": [(1.0, 2.0), (4.0, 5.0)], "step": [(3.0, 6.0)]}
+    found = loop_seconds((0.0, 6.0), parts)
     assert (found["step"], found["forward"], found["backward"], found["optimizer"], found["lost"]) == (5, 2, 2, 1, 1)
 
 

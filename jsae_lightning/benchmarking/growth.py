@@ -82,7 +82,7 @@ def sweep_with(measure: Measure, base: Shape, doublings: int, report: Report) ->
     return Growth(base, points, left_out)
 
 
-def exponent(sizes: Sequence[float], values: Sequence[float | None]) -> float | None:
+def exponent(sizes: Sequence[int], values: Sequence[int | float | None]) -> float | None:
     """Return the slope of log value over log size by least squares; None for fewer than two sizes or values <= 0."""
     if len(set(sizes)) < 2 or any(value is None or value <= 0 for value in values):
         return None
