@@ -11,7 +11,6 @@ from jsae_lightning.benchmarking.contestants import losses, make_steps, run_floo
 from jsae_lightning.benchmarking.language_models import batches, load_model, mismatch
 from jsae_lightning.benchmarking.problem import Problem, make_problem
 from jsae_lightning.benchmarking.shapes import PRESETS, ModelSpec, Shape
-from jsae_lightning.errors import UserError
 
 CPU = torch.device("cpu")
 TOY = Shape(tokens=24, d_model=16, d_mlp=40, d_sae=96, k=4, gated=False, activation="gelu")
@@ -110,12 +109,6 @@ def test_a_problem_depends_on_its_seed_alone():
     assert torch.equal(first.x, again.x) and not torch.equal(first.x, other.x)
     assert torch.equal(first.pair.input_sae.W_dec, again.pair.input_sae.W_dec)
     assert first.coef == 0.5 * 4**2 / 16
-
-
-def test_an_unknown_activation_is_refused():
-    shape = Shape(4, 4, 4, 4, 1, False, "sine")
-    with pytest.raises(UserError, match="--activation: 'sine' is not known: choose one of gelu"):
-        make_problem(shape, dtype="float32", device=CPU, seed=0)
 
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 64}

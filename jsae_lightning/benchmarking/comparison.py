@@ -18,7 +18,7 @@ from jsae_lightning.benchmarking.memory import (
     peak_allocated,
 )
 from jsae_lightning.benchmarking.names import LABELS, MODEL
-from jsae_lightning.benchmarking.problem import Problem, choose_device, make_problem
+from jsae_lightning.benchmarking.problem import Problem, check_activation, choose_device, make_problem
 from jsae_lightning.benchmarking.shapes import PRESETS, Settings, Shape
 from jsae_lightning.benchmarking.timing import Seconds, medians, ratios, take_turns, waiting_for
 from jsae_lightning.versions import package_versions
@@ -69,6 +69,7 @@ def compare(shape: Shape, settings: Settings, names: Sequence[str], report: Repo
     """
     device = choose_device(settings)
     prepare(settings)
+    check_activation(shape)
     left_out: dict[str, str] = {}
     if MODEL in names and (why := mismatch(PRESETS[settings.preset], shape)):
         left_out[MODEL] = why

@@ -39,7 +39,7 @@ def draw_growth(growth: Growth) -> "Figure":
             peaks = [(f, peak) for f, p in zip(factors, points, strict=True) if (peak := p.peak_bytes[name])]
             memory.plot([f for f, _ in peaks], [peak / 1e6 for _, peak in peaks], **look)
     most = max(len(points) for points in growth.points.values())
-    factors = [2**power for power in range(most)]
+    factors = [2.0**power for power in range(most)]
     first = growth.points[next(iter(growth.points))][0]
     for axes, start in ((time, first.medians[OURS]), (memory, (first.peak_bytes[OURS] or 0) / 1e6)):
         if start:

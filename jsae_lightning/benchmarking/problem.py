@@ -57,7 +57,7 @@ class Problem:
 
 
 def make_problem(shape: Shape, *, dtype: str, device: torch.device, seed: int) -> Problem:
-    """Draw everything on the CPU from `seed`, so that it is the same on every device. Raises UserError."""
+    """Draw everything on the CPU from `seed`, so that it is the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     mlp = make_mlp(shape, generator)
     pair = SAEPair(shape.d_model, shape.d_sae, shape.k, generator=generator)
@@ -67,8 +67,6 @@ def make_problem(shape: Shape, *, dtype: str, device: torch.device, seed: int) -
 
 def make_mlp(shape: Shape, generator: torch.Generator) -> FrozenMLP:
     """Draw an MLP: with biases if it is plain, as Pythia's, and without if it is gated, as Gemma's."""
-    if shape.activation not in ACTIVATIONS:
-        raise UserError(f"--activation: '{shape.activation}' is not known: choose one of {', '.join(ACTIVATIONS)}")
 
     def draw(*size: int, fan_in: int) -> Tensor:
         return torch.randn(*size, generator=generator) / fan_in**0.5
@@ -83,6 +81,12 @@ def make_mlp(shape: Shape, generator: torch.Generator) -> FrozenMLP:
     else:
         weights |= {"b_in": draw(d_mlp, fan_in=d_model), "b_out": draw(d_model, fan_in=d_mlp)}
     return FrozenMLP(**weights, activation=shape.activation)
+
+
+def check_activation(shape: Shape) -> None:
+    """Raise UserError for an activation function that is not among `ACTIVATIONS`."""
+    if shape.activation not in ACTIVATIONS:
+        raise UserError(f"--activation: '{shape.activation}' is not known: choose one of {', '.join(ACTIVATIONS)}")
 
 
 def choose_device(settings: Settings) -> torch.device:

@@ -53,4 +53,6 @@ def jsae_loss(pair: SAEPair, mlp: FrozenMLP, x: Float[Tensor, "tokens d_model"],
         torch.einsum("tim,tm,tjm->tij", rows_out, slope, (pair.input_sae.W_dec @ weight)[indices_in])
         for weight, slope in slopes
     ]
-    return mse_in + mse_out + coef * sum(terms[1:], terms[0]).float().abs().mean()
+    values = sum(terms[1:], terms[0])
+    values = values.to(torch.promote_types(values.dtype, torch.float32))  # bfloat16 under autocast
+    return mse_in + mse_out + coef * values.abs().mean()
