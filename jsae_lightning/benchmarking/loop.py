@@ -87,7 +87,7 @@ def loop_table(record: dict[str, Any]) -> list[str]:
             "time is in the table (choose --steps as a multiple of it)"
         )
     return [
-        "jsae-train " + " ".join(record["overrides"]),
+        " ".join(["jsae-train", *record["overrides"]]),
         "",
         markdown_table(["", "s", "share"], rows, [False, True, True]),
         "",
