@@ -38,7 +38,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "jacobian.at": ("input", "reconstruction"),
     "jacobian.edges": ("jacobian", "contribution"),
     "checkpoint.best_mode": ("min", "max"),
-    "kernels": ("auto", "reference", "cpu"),
+    "kernels": ("auto", "reference", "cpu", "triton"),
 }
 _POSITIVE = (
     "data.train_tokens", "data.batch_tokens", "data.buffer_batches", "data.num_shards", "data.lm_batch_sequences",

@@ -100,6 +100,15 @@ def test_bad_configuration_is_refused_before_a_model_loads(arguments, parts, ref
         assert part in message
 
 
+def test_kernels_that_cannot_run_are_refused_before_a_model_loads(refusal, monkeypatch):
+    from jsae_lightning.language_model import LanguageModel
+
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(LanguageModel, "load", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    assert "error: kernels: triton cannot run: " in refusal("kernels=triton")
+
+
 @pytest.mark.parametrize(
     "content", ["seeed: 7", "sae:\n  kk: 7", "trainer:\n  max_stepz: 7", "callbacks:\n  evaluation:\n    everyy: 7"]
 )

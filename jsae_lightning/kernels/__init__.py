@@ -1,9 +1,11 @@
 """The three sparse operations that training spends its time in, behind one interface.
 
 `reference.py` is plain differentiable torch and the truth in tests; `cpu.py` gives the same values and gradients
-with sparse weight gradients and cache-sized blocks. `select_kernels` chooses for the whole process.
+with sparse weight gradients and cache-sized blocks, `triton.py` with kernels for CUDA devices. `select_kernels` chooses
+for the whole process.
 """
 
+import functools
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -11,25 +13,37 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from jsae_lightning.errors import UserError
-from jsae_lightning.kernels import cpu, reference
+from jsae_lightning.kernels import cpu, reference, triton
 
 Terms = Sequence[tuple[Tensor, Tensor]]
-IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu}
+IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu, "triton": triton}
 _forced: list[ModuleType] = []
 
 
 def select_kernels(name: str) -> None:
-    """Use one implementation for every device, or (`auto`) `cpu` on the CPU and `reference` elsewhere.
+    """Use one implementation for every device, or (`auto`) `cpu` on the CPU, `triton` on CUDA, else `reference`.
 
-    Raises UserError for an unknown name.
+    `auto` takes `reference` on CUDA where `triton` cannot run. Raises UserError for an unknown name, and for `triton`
+    where it cannot run.
     """
     if name != "auto" and name not in IMPLEMENTATIONS:
         raise UserError(f"kernels: '{name}' is not known: choose one of auto, {', '.join(IMPLEMENTATIONS)}")
+    if name == "triton" and (reason := triton.why_unavailable()):
+        raise UserError(f"kernels: triton cannot run: {reason}")
     _forced[:] = [] if name == "auto" else [IMPLEMENTATIONS[name]]
 
 
 def _for(tensor: Tensor) -> ModuleType:
-    return _forced[0] if _forced else (cpu if tensor.device.type == "cpu" else reference)
+    if _forced:
+        return _forced[0]
+    if tensor.device.type == "cpu":
+        return cpu
+    return triton if tensor.is_cuda and _triton_runs() else reference
+
+
+@functools.cache
+def _triton_runs() -> bool:
+    return triton.why_unavailable() is None
 
 
 def topk_encode(
