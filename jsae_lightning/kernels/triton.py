@@ -79,9 +79,10 @@ class _TopKEncode(torch.autograd.Function):
         grad_z = (grad_values * (values > 0)).contiguous()
         grad_x = grad_rows = grad_bias = None
         with _on_device_of(x):
-            grouping = group_by_row(indices, W_enc.shape[1]) if needs_weight or needs_bias else None
             if needs_x:
                 grad_x = sums_by_token(grad_z, indices, W_enc.T).to(x.dtype)
+            if needs_weight or needs_bias:
+                grouping = group_by_row(indices, W_enc.shape[1])
             if needs_weight:
                 grad_rows = torch.empty_like(W_enc.T, memory_format=torch.contiguous_format)
                 sums_by_row(grad_rows, grouping, x, grad_z)
@@ -177,7 +178,7 @@ def _product_dtype(rows: Tensor) -> torch.dtype:
 
 
 def bilinear_rows(rows_out: Tensor, slope: Tensor, rows_in: Tensor, indices_out: Tensor, indices_in: Tensor) -> Tensor:
-    """See `reference.bilinear_rows`; at least float32, also under autocast, which rounds the rows before the products."""
+    """See `reference.bilinear_rows`; at least float32; autocast rounds the rows before the products."""
     return _BilinearRows.apply(rows_out, slope, rows_in, indices_out, indices_in)
 
 
