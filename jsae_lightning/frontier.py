@@ -8,7 +8,9 @@ A run is a point: its sparsity (fewer effective edges are better) and the explai
     lost = max over the two SAEs of  EV(baseline) - EV(run),      baseline: the runs with weight 0, averaged over seeds
 
 A penalty's frontier are its points that no other of its points beats in both. Between two neighbours it is taken to be
-a straight line, from the baseline on.
+a straight line, from the baseline on. Of runs that `jsae-eval` has judged, with their edge curves (`eval.parts`
+includes `fidelity`), the frontier also says what area the sparser graph has: a penalty can make J sparser and its
+graph a worse account of the computation.
 """
 
 import argparse
@@ -30,9 +32,13 @@ from jsae_lightning.sweep_folders import find_jobs, read_json
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from jsae_lightning.reporting.figures_frontier import Curve
+
 PROGRAM = "jsae-frontier"
 EXPLAINED_VARIANCE = ("val/explained_variance_input", "val/explained_variance_output")
 EFFECTIVE = "jacobian/effective_edges"
+AREA = "fidelity/edge_kl_area_contribution"
+"""Of RUN/eval/eval.json: the area under the KL edge curve, edges ranked by |J s|."""
 LOSSES = (0.01, 0.02, 0.05, 0.1)
 """Losses of explained variance at which the table reads the frontiers."""
 
@@ -46,32 +52,36 @@ class Point:
     """Its name, with what else sets its penalty apart from the default settings."""
     coef: float
     metrics: dict[str, float]
+    """Those of metrics.json, and AREA if there is one."""
     setting: dict[str, Any]
     """What must be the same for all: the MLP, the widths and k, the tokens seen, where the MLP is linearised, the data,
     and how much of it was held out."""
 
 
-def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the points (lost, edges) that no other beats in both, by rising loss: the lower left edge of the cloud."""
-    best: list[tuple[float, float]] = []
-    for lost, edges in sorted(points):
-        if not best or edges < best[-1][1]:
-            best.append((lost, edges))
+def frontier(points: Sequence[tuple[float, ...]]) -> list[tuple[float, ...]]:
+    """Return the points (lost, edges, ...) that no other beats in both, by rising loss: the cloud's lower left edge.
+
+    What follows the two rides along.
+    """
+    best: list[tuple[float, ...]] = []
+    for point in sorted(points):
+        if not best or point[1] < best[-1][1]:
+            best.append(point)
     return best
 
 
-def edges_at(points: Sequence[tuple[float, float]], loss: float) -> float:
-    """Return the edges that the frontier of `points` (lost, edges) reaches at a loss, straight between neighbours.
+def read_at(points: Sequence[tuple[float, ...]], loss: float, column: int = 1) -> float:
+    """Return what the frontier of `points` (lost, edges, ...) has in a column at a loss, straight between neighbours.
 
     NaN below the frontier's first point; its last value beyond its last one, as no more was tried.
     """
     edge = frontier(points)
     if not edge or loss < edge[0][0]:
         return math.nan
-    for (lost, edges), (next_lost, next_edges) in zip(edge, edge[1:], strict=False):
-        if loss <= next_lost:
-            return edges + (loss - lost) / (next_lost - lost) * (next_edges - edges)
-    return edge[-1][1]
+    for here, there in zip(edge, edge[1:], strict=False):
+        if loss <= there[0]:
+            return here[column] + (loss - here[0]) / (there[0] - here[0]) * (there[column] - here[column])
+    return edge[-1][column]
 
 
 def read_points(folders: Sequence[str | Path]) -> list[Point]:
@@ -108,29 +118,45 @@ def lost(point: Point, baseline: dict[str, float]) -> float:
 
 
 def frontier_table(points: Sequence[Point], sparsity: Sequence[str], losses: Sequence[float] = LOSSES) -> str:
-    """Return the edges that each penalty reaches at each loss, and how many times fewer than the baseline's."""
+    """Return the edges that each penalty reaches at each loss, and how many times fewer than the baseline's.
+
+    If all runs have been judged, also the area under the edge curve at those places of the first measure's frontier.
+    """
     baseline, penalties = split_baseline(points)
+    areas = list(losses) if _judged(points) else []
     header = ["penalty", "runs", *(f"{_short(key)} at {loss:g} EV lost" for key in sparsity for loss in losses)]
+    header += [f"edge-curve area at {loss:g}" for loss in areas]
     rows = []
     for penalty, runs in penalties.items():
         cells = []
         for key in sparsity:
-            places = [(0.0, baseline[key]), *((lost(run, baseline), run.metrics[key]) for run in runs)]
-            for loss in losses:
-                value = edges_at(places, loss)
-                cells.append(f"{value:.1f} ({baseline[key] / value:.2f}x)")
+            places = _places(runs, baseline, key)
+            cells += [f"{(value := read_at(places, loss)):.1f} ({baseline[key] / value:.2f}x)" for loss in losses]
+        places = _places(runs, baseline, sparsity[0], *[AREA] * bool(areas))
+        cells += [f"{read_at(places, loss, 2):.3f}" for loss in areas]
         rows.append([penalty, str(len(runs)), *cells])
     first = losses.index(0.02) if 0.02 in losses else 0
     rows.sort(key=lambda row: float(row[2 + first].split()[0]))
     none = ["none (weight 0)", str(sum(p.coef == 0 for p in points))]
-    rows.insert(0, none + [f"{baseline[key]:.1f}" for key in sparsity for _ in losses])
-    return markdown_table(header, rows, [False] + [True] * (len(header) - 1))
+    none += [f"{baseline[key]:.1f}" for key in sparsity for _ in losses] + [f"{baseline[AREA]:.3f}" for _ in areas]
+    return markdown_table(header, [none, *rows], [False] + [True] * (len(header) - 1))
+
+
+def _places(runs: Sequence[Point], baseline: dict[str, float], *keys: str) -> list[tuple[float, ...]]:
+    """Return (lost, the runs' metrics of these keys), the baseline's first."""
+    first = (0.0, *(baseline[key] for key in keys))
+    return [first, *((lost(run, baseline), *(run.metrics[key] for key in keys)) for run in runs)]
+
+
+def _judged(points: Sequence[Point]) -> bool:
+    return all(AREA in point.metrics for point in points)
 
 
 def points_table(points: Sequence[Point], sparsity: Sequence[str]) -> str:
     """Return every run: penalty, weight, explained variances, what was lost, sparsity."""
     baseline, _ = split_baseline(points)
-    header = ["penalty", "weight", "EV in", "EV out", "EV lost", *map(_short, sparsity)]
+    area = ["edge-curve area"] if _judged(points) else []
+    header = ["penalty", "weight", "EV in", "EV out", "EV lost", *map(_short, sparsity), *area]
     rows = [
         [
             point.penalty if point.coef else "none",
@@ -138,39 +164,35 @@ def points_table(points: Sequence[Point], sparsity: Sequence[str]) -> str:
             *(f"{point.metrics[key]:.4f}" for key in EXPLAINED_VARIANCE),
             f"{lost(point, baseline):.4f}",
             *(f"{point.metrics[key]:.2f}" for key in sparsity),
+            *(f"{point.metrics[AREA]:.3f}" for _ in area),
         ]
         for point in sorted(points, key=lambda point: (point.coef > 0, point.penalty, point.coef))
     ]
     return markdown_table(header, rows, [False] + [True] * (len(header) - 1))
 
 
-def frontier_figure(points: Sequence[Point], sparsity: str = EFFECTIVE) -> "Figure":
-    """Draw each penalty's points and frontier: edges (fewer is sparser) against the explained variance lost."""
-    from jsae_lightning.reporting.style import COLORS, LINES, MARKERS, new_figure, styled
+def frontier_figure(points: Sequence[Point], sparsity: Sequence[str] = (EFFECTIVE,)) -> "Figure":
+    """Draw each penalty's points and frontier against the explained variance lost: a panel for each measure.
+
+    If all runs have been judged, the last panel shows the areas under their edge curves; its lines join the runs of
+    the first measure's frontier.
+    """
+    from jsae_lightning.reporting.figures_frontier import draw_panels
 
     baseline, penalties = split_baseline(points)
+    panels = {_short(key): _curves(penalties, baseline, key, key) for key in sparsity}
+    if _judged(points):
+        panels["edge-curve area"] = _curves(penalties, baseline, sparsity[0], AREA)
+    return draw_panels(panels, limits={"edge-curve area": (-1.0, 1.0)})
 
-    @styled
-    def draw() -> "Figure":
-        figure, (axes,) = new_figure(height=4.8 + 0.22 * len(penalties))
-        for number, (penalty, runs) in enumerate(sorted(penalties.items())):
-            places = [(lost(run, baseline), run.metrics[sparsity]) for run in runs]
-            edge = frontier([(0.0, baseline[sparsity]), *places])
-            look: dict[str, Any] = {"color": COLORS[number % len(COLORS)]}
-            axes.plot(*zip(*edge, strict=True), linestyle=LINES[number // len(COLORS) % len(LINES)], **look)
-            marker = MARKERS[number % len(MARKERS)]
-            axes.plot(*zip(*places, strict=True), linestyle="none", marker=marker, label=penalty, **look)
-        axes.set_xscale("symlog", linthresh=0.01)
-        axes.set_xlim(0, None)
-        ticks = [0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5]
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.set_xlabel("explained variance lost")
-        axes.set_ylabel(_short(sparsity))
-        axes.axvline(0.02, linestyle=":", color="#7f7f7f", linewidth=1)
-        figure.legend(loc="outside lower center", ncols=2 if max(map(len, penalties)) <= 18 else 1)
-        return figure
 
-    return draw()
+def _curves(penalties: dict[str, list[Point]], baseline: dict[str, float], key: str, shown: str) -> "dict[str, Curve]":
+    """Return each penalty's points, and those of them on the frontier of `key`, both as (lost, shown)."""
+    curves = {}
+    for penalty, runs in sorted(penalties.items()):
+        places = _places(runs, baseline, key, shown)
+        curves[penalty] = tuple([(place[0], place[2]) for place in some] for some in (places[1:], frontier(places)))
+    return curves  # type: ignore[return-value]
 
 
 def main() -> None:
@@ -185,7 +207,7 @@ def main() -> None:
         out = given.out or given.folders[0]
         with atomic_file(out / "frontier.md") as temporary:
             temporary.write_text(f"{table}\n\n{points_table(points, given.sparsity)}\n", encoding="utf-8")
-        figure = frontier_figure(points, given.sparsity[0])
+        figure = frontier_figure(points, [given.sparsity[0], *given.sparsity[2:]])
         for suffix in ("png", "svg"):
             with atomic_file(out / f"frontier.{suffix}") as temporary:
                 figure.savefig(temporary, format=suffix)
@@ -202,6 +224,8 @@ def _read_point(folder: Path, name: str) -> Point | None:
     if not isinstance(metrics, dict) or "jacobian" not in config:
         return None
     numbers = {key: float(value) for key, value in metrics.items() if isinstance(value, int | float)}
+    area = _area(folder)
+    numbers |= {} if area is None else {AREA: area}
     setting = {"model.mlp_hash": config.get("model", {}).get("mlp_hash"), "tokens_seen": config.get("tokens_seen")}
     setting |= {
         f"{sae}.{key}": config.get(sae, {}).get(key) for sae in ("input_sae", "output_sae") for key in ("d_sae", "k")
@@ -211,6 +235,14 @@ def _read_point(folder: Path, name: str) -> Point | None:
     setting |= {f"data.{key}": data.get(key) for key in ("source", "path", "name")}
     setting["held-out tokens"] = _held_out_tokens(folder, data)
     return Point(name, penalty_name(config["jacobian"]), float(config["jacobian"]["coef"]), numbers, setting)
+
+
+def _area(folder: Path) -> float | None:
+    """Return what `jsae-eval` found in its default place; None if it has not, or not drawn edge curves."""
+    content: Any = read_json(folder / "eval" / "eval.json")
+    for key in ("figures", AREA, "mean"):
+        content = content.get(key) if isinstance(content, dict) else None
+    return float(content) if isinstance(content, int | float) else None
 
 
 def _check_alike(points: Sequence[Point]) -> None:
@@ -241,8 +273,9 @@ def _held_out_tokens(folder: Path, data: dict[str, Any]) -> int | None:
 def penalty_name(jacobian: dict[str, Any]) -> str:
     """Return a penalty's name, and those of its settings that are not the defaults."""
     usual = {"at": "input", "edges": "jacobian", "token_fraction": 1.0}
-    usual |= {"warmup_fraction": 0.05, "decay_fraction": 0.0, "params": {}}
+    usual |= {"warmup_fraction": 0.05, "decay_fraction": 0.0}
     unusual = [f"{key}={jacobian[key]}" for key, value in usual.items() if jacobian.get(key, value) != value]
+    unusual += [f"{key}={value:g}" for key, value in (jacobian.get("params") or {}).items()]
     return ", ".join([str(jacobian["penalty"]), *unusual])
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from jsae_lightning import frontier as module
 from jsae_lightning.errors import UserError
-from jsae_lightning.frontier import Point, edges_at, frontier, frontier_table, lost, read_points, split_baseline
+from jsae_lightning.frontier import Point, frontier, frontier_table, lost, read_at, read_points, split_baseline
 
 
 def _metrics(ev_in: float, ev_out: float, edges: float) -> dict[str, float]:
@@ -30,11 +30,19 @@ def test_points_that_another_beats_are_not_on_the_frontier():
 
 def test_edges_between_two_points_and_beyond_them():
     points = [(0.0, 100.0), (0.02, 90.0), (0.05, 60.0)]
-    assert edges_at(points, 0.01) == pytest.approx(95)
-    assert edges_at(points, 0.02) == pytest.approx(90)
-    assert edges_at(points, 0.03) == pytest.approx(80)
-    assert edges_at(points, 0.3) == 60
-    assert math.isnan(edges_at(points[1:], 0.01))
+    assert read_at(points, 0.01) == pytest.approx(95)
+    assert read_at(points, 0.02) == pytest.approx(90)
+    assert read_at(points, 0.03) == pytest.approx(80)
+    assert read_at(points, 0.3) == 60
+    assert math.isnan(read_at(points[1:], 0.01))
+
+
+def test_what_rides_along_is_read_at_the_frontier_of_the_edges():
+    points = [(0.0, 100.0, 0.4), (0.02, 90.0, 0.2), (0.03, 95.0, 0.9), (0.04, 60.0, -0.5)]
+    assert [point[2] for point in frontier(points)] == [0.4, 0.2, -0.5]
+    assert read_at(points, 0.01, 2) == pytest.approx(0.3)
+    assert read_at(points, 0.03, 2) == pytest.approx(-0.15)  # the run at .03 that has more edges does not count
+    assert read_at(points, 0.5, 2) == -0.5
 
 
 def test_what_is_lost_is_the_worse_of_the_two_saes_against_the_mean_baseline():
@@ -76,7 +84,7 @@ def sweep(tmp_path):
     return tmp_path
 
 
-def test_a_sweep_is_read_and_ranked_by_edges_at_the_allowed_loss(sweep):
+def test_a_sweep_is_read_and_ranked_by_read_at_the_allowed_loss(sweep):
     points = read_points([sweep])
     assert sorted(point.penalty for point in points) == ["hoyer", "hoyer, edges=contribution", "l1", "l1"]
     lines = frontier_table(points, ["jacobian/effective_edges"], [0.02]).splitlines()
@@ -88,6 +96,42 @@ def test_a_sweep_is_read_and_ranked_by_edges_at_the_allowed_loss(sweep):
     ]
     assert "25.0 (4.00x)" in lines[3]
     assert "90.0 (1.11x)" in lines[4]
+
+
+def _judge(sweep, areas: dict[str, float]) -> None:
+    for name, area in areas.items():
+        (sweep / name / "eval").mkdir()
+        content = {"figures": {module.AREA: {"mean": area, "standard_error": 0.01}}}
+        (sweep / name / "eval" / "eval.json").write_text(json.dumps(content))
+
+
+def test_areas_stand_beside_the_edges_once_all_runs_are_judged(sweep):
+    _judge(sweep, {"0": 0.4, "1": 0.5, "2": -0.1})
+    assert "area" not in frontier_table(read_points([sweep]), [module.EFFECTIVE])
+    _judge(sweep, {"3": 0.2})
+    points = read_points([sweep])
+    lines = [
+        [cell.strip() for cell in line.split("|")] for line in frontier_table(points, [module.EFFECTIVE]).split("\n")
+    ]
+    assert lines[0][-2] == "edge-curve area at 0.1"
+    assert {line[1]: line[-2] for line in lines[2:]} == {
+        "none (weight 0)": "0.400",
+        "hoyer, edges=contribution": "-0.100",
+        "hoyer": "0.200",
+        "l1": "0.500",
+    }
+    assert "| edge-curve area |" in module.points_table(points, [module.EFFECTIVE]).split("\n")[0]
+
+
+def test_the_figure_has_a_panel_for_each_measure_and_one_for_areas(sweep):
+    keys = [module.EFFECTIVE, "jacobian/edges_for_90"]
+    assert len(module.frontier_figure(read_points([sweep]), keys).axes) == 2
+    _judge(sweep, {"0": 0.4, "1": 0.5, "2": -3.0, "3": 0.2})
+    panels = module.frontier_figure(read_points([sweep]), keys).axes
+    assert [axes.get_ylabel() for axes in panels] == ["effective edges", "edges for 90", "edge-curve area"]
+    lines = [line.get_xydata().tolist() for line in panels[2].lines]
+    assert [[0.0, 0.4], [pytest.approx(0.02), -3.0]] in lines  # from the baseline to the only run of a penalty
+    assert panels[2].get_ylim()[0] == -1  # what is worse than that is worse
 
 
 def test_runs_of_two_models_are_not_mixed(sweep):
