@@ -142,11 +142,31 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> Non
         total += a.to(dtype) @ b.to(dtype)
 
 
+class _Workspace:
+    """A block's tensors, made once: allocating some megabytes anew for each block costs as much as its sums."""
+
+    def __init__(self, size: int, part: _Part, k_out: int, k_in: int, *, gradients: bool = False) -> None:
+        self._shape = (part.P.shape[1],)
+        self._like = part.P
+        self.rows_out, self.rows_in = self._empty(size, k_out), self._empty(size, k_in)
+        several_terms = len(part.Qs) > 1
+        self.scaled_out = self._empty(size, k_out) if several_terms or gradients else self.rows_out
+        if gradients:
+            self.grad_in, self.grad_scaled = self._empty(size, k_in), self._empty(size, k_out)
+
+    def _empty(self, size: int, k: int) -> Tensor:
+        return self._like.new_empty(size, k, *self._shape)
+
+
 def _add_values(values: Tensor, part: _Part, indices_out: Tensor, indices_in: Tensor) -> None:
-    for block in _blocks(indices_out, indices_in, part.P.shape[1]):
-        rows_out = _gather(part.P, indices_out[block])
+    blocks = _blocks(indices_out, indices_in, part.P.shape[1])
+    work = _Workspace(blocks[0].stop, part, indices_out.shape[1], indices_in.shape[1])
+    for block in blocks:
+        rows_out = _gather(part.P, indices_out[block], work.rows_out)
+        scaled = work.scaled_out[: len(rows_out)]
         for Q, slope in zip(part.Qs, part.slopes, strict=True):
-            values[block] += torch.bmm(rows_out * slope[block][:, None], _gather(Q, indices_in[block]).mT)
+            torch.mul(rows_out, slope[block][:, None], out=scaled)
+            values[block].baddbmm_(scaled, _gather(Q, indices_in[block], work.rows_in).mT)
 
 
 def _projection_gradients(
@@ -154,14 +174,20 @@ def _projection_gradients(
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the gradients of P and of each Q; fill `grad_slopes` where it is not empty."""
     grad_P, grad_Qs = torch.zeros_like(part.P), [torch.zeros_like(Q) for Q in part.Qs]
-    for block in _blocks(indices_out, indices_in, part.P.shape[1]):
-        rows_out, grad_block = _gather(part.P, indices_out[block]), grad[block]
+    blocks = _blocks(indices_out, indices_in, part.P.shape[1])
+    work = _Workspace(blocks[0].stop, part, indices_out.shape[1], indices_in.shape[1], gradients=True)
+    for block in blocks:
+        grad_block = grad[block]
+        rows_out = _gather(part.P, indices_out[block], work.rows_out)
+        scaled, grad_scaled, grad_in = (t[: len(rows_out)] for t in (work.scaled_out, work.grad_scaled, work.grad_in))
         for term, (Q, slope) in enumerate(zip(part.Qs, part.slopes, strict=True)):
             block_slope = slope[block][:, None]
-            grad_scaled = torch.bmm(grad_block, _gather(Q, indices_in[block]))
+            torch.mul(rows_out, block_slope, out=scaled)
+            torch.bmm(grad_block.mT, scaled, out=grad_in)
+            _add_rows(grad_Qs[term], indices_in[block], grad_in)
+            torch.bmm(grad_block, _gather(Q, indices_in[block], work.rows_in), out=grad_scaled)
             if grad_slopes:
-                grad_slopes[term][block] = (grad_scaled * rows_out).sum(dim=1)
-            _add_rows(grad_Qs[term], indices_in[block], torch.bmm(grad_block.mT, rows_out * block_slope))
+                grad_slopes[term][block] = torch.mul(grad_scaled, rows_out, out=scaled).sum(dim=1)
             _add_rows(grad_P, indices_out[block], grad_scaled.mul_(block_slope))
     return grad_P, grad_Qs
 
@@ -169,11 +195,13 @@ def _projection_gradients(
 def _blocks(indices_out: Tensor, indices_in: Tensor, d_mlp: int) -> list[slice]:
     tokens, k = len(indices_out), max(indices_out.shape[1], indices_in.shape[1])
     size = max(1, BLOCK_ELEMENTS // (k * d_mlp))
-    return [slice(start, start + size) for start in range(0, tokens, size)]
+    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
-def _gather(rows: Tensor, indices: Tensor) -> Tensor:
-    return rows.index_select(0, indices.flatten()).view(*indices.shape, -1)
+def _gather(rows: Tensor, indices: Tensor, out: Tensor) -> Tensor:
+    out = out[: len(indices)]
+    torch.index_select(rows, 0, indices.flatten(), out=out.flatten(0, 1))
+    return out
 
 
 def _add_rows(total: Tensor, indices: Tensor, values: Tensor) -> None:
