@@ -54,8 +54,8 @@ class Largest(TorchDispatchMode):
         return out
 
 
-class KernelChecks:
-    """Inherit, and define `implementation` and `device`."""
+class Implementation:
+    """Inherit the checks, and define these."""
 
     implementation: ModuleType
     device: str
@@ -82,6 +82,10 @@ class KernelChecks:
 
     def moved(self, tensors):
         return [tensor.to(self.device) if isinstance(tensor, torch.Tensor) else tensor for tensor in tensors]
+
+
+class SparseChecks(Implementation):
+    """TopK encoding and sparse decoding."""
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize(
@@ -146,6 +150,57 @@ class KernelChecks:
         for ours, theirs in zip((found[0], *found[1]), (expected[0], *expected[1]), strict=True):
             assert ours.dtype == dtype
             assert_close(ours, theirs, TOLERANCE[dtype])
+
+
+class PairChecks(Implementation):
+    """A pair's loss and the gradients of all of its parameters."""
+
+    def gradients_of(self, implementation, monkeypatch, pair, mlp, x, penalty, at, autocast):
+        """Return the loss and the gradients of all of the pair's parameters."""
+        monkeypatch.setattr(kernels, "_forced", [implementation])
+        pair.zero_grad()
+        with torch.autocast(self.device, torch.bfloat16, enabled=autocast):
+            loss = PENALTIES[penalty](jacobian(pair, mlp, x, at).values)
+            for (_, sae), target in zip(pair.named_saes(), (x, mlp(x)), strict=True):
+                loss = loss + (sae(target)[0] - target).square().mean()
+        loss.backward()
+        return loss.detach(), {name: parameter.grad.clone() for name, parameter in pair.named_parameters()}
+
+    def compare_pairs(self, monkeypatch, pair, mlp, x, penalty, at, tolerance, autocast=False):
+        pair, mlp, x = pair.to(self.device), mlp.to(self.device), x.to(self.device)
+        (loss, grads), (expected, expected_grads) = (
+            self.gradients_of(i, monkeypatch, pair, mlp, x, penalty, at, autocast)
+            for i in (self.implementation, reference)
+        )
+        assert_close(loss, expected, tolerance)
+        for name, grad in grads.items():
+            assert expected_grads[name].any()
+            assert_close(grad, expected_grads[name], tolerance)
+
+    @pytest.mark.parametrize(("kind", "at"), [("gelu", "input"), ("gated_silu", "reconstruction")])
+    def test_a_pair_in_float32(self, monkeypatch, kind, at):
+        pair = make_pair(d_sae=16, k=3, d_sae_output=20, k_output=4).float()
+        self.compare_pairs(monkeypatch, pair, make_mlp(kind).float(), make_x(4).float(), "hoyer_l1", at, 1e-4)
+
+    def test_a_pair_under_bf16_autocast(self, monkeypatch):
+        pair = make_pair(d_sae=16, k=3, d_sae_output=20, k_output=4).float()
+        mlp, x = make_mlp("gated_silu").float(), make_x(4).float()
+        self.compare_pairs(monkeypatch, pair, mlp, x, "l1", "input", 2e-2, autocast=True)
+
+
+class PenaltyChecks(PairChecks):
+    """The same with each penalty, for plain and gated MLPs, at the input and at the reconstruction."""
+
+    @pytest.mark.parametrize("kind", ["gelu", "gated_silu"])
+    @pytest.mark.parametrize("at", ["input", "reconstruction"])
+    @pytest.mark.parametrize("penalty", PENALTIES)
+    def test_a_pair_with_each_penalty(self, monkeypatch, penalty, kind, at):
+        pair = make_pair(d_sae=16, k=3, d_sae_output=20, k_output=4)
+        self.compare_pairs(monkeypatch, pair, make_mlp(kind), make_x(4), penalty, at, 1e-9)
+
+
+class KernelChecks(SparseChecks, PairChecks):
+    """The above but for the penalties, and `bilinear_rows`, in which the Jacobian is written."""
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize(
@@ -218,46 +273,6 @@ class KernelChecks:
         assert value.dtype == torch.float32
         tensors = [tensor.bfloat16() for tensor in (draw(7, 16), draw(16, 12, seed=1), draw(12, seed=2))]
         self.compare("topk_encode", tensors, 3, tolerance=TOLERANCE[torch.bfloat16])
-
-    def gradients_of(self, implementation, monkeypatch, pair, mlp, x, penalty, at, autocast):
-        """Return the loss and the gradients of all of the pair's parameters."""
-        monkeypatch.setattr(kernels, "_forced", [implementation])
-        pair.zero_grad()
-        with torch.autocast(self.device, torch.bfloat16, enabled=autocast):
-            loss = PENALTIES[penalty](jacobian(pair, mlp, x, at).values)
-            for (_, sae), target in zip(pair.named_saes(), (x, mlp(x)), strict=True):
-                loss = loss + (sae(target)[0] - target).square().mean()
-        loss.backward()
-        return loss.detach(), {name: parameter.grad.clone() for name, parameter in pair.named_parameters()}
-
-    def compare_pairs(self, monkeypatch, pair, mlp, x, penalty, at, tolerance, autocast=False):
-        pair, mlp, x = pair.to(self.device), mlp.to(self.device), x.to(self.device)
-        (loss, grads), (expected, expected_grads) = (
-            self.gradients_of(i, monkeypatch, pair, mlp, x, penalty, at, autocast)
-            for i in (self.implementation, reference)
-        )
-        assert_close(loss, expected, tolerance)
-        for name, grad in grads.items():
-            assert expected_grads[name].any()
-            assert_close(grad, expected_grads[name], tolerance)
-
-    @pytest.mark.slow
-    @pytest.mark.parametrize("kind", ["gelu", "gated_silu"])
-    @pytest.mark.parametrize("at", ["input", "reconstruction"])
-    @pytest.mark.parametrize("penalty", PENALTIES)
-    def test_a_pair_with_each_penalty(self, monkeypatch, penalty, kind, at):
-        pair = make_pair(d_sae=16, k=3, d_sae_output=20, k_output=4)
-        self.compare_pairs(monkeypatch, pair, make_mlp(kind), make_x(4), penalty, at, 1e-9)
-
-    @pytest.mark.parametrize(("kind", "at"), [("gelu", "input"), ("gated_silu", "reconstruction")])
-    def test_a_pair_in_float32(self, monkeypatch, kind, at):
-        pair = make_pair(d_sae=16, k=3, d_sae_output=20, k_output=4).float()
-        self.compare_pairs(monkeypatch, pair, make_mlp(kind).float(), make_x(4).float(), "hoyer_l1", at, 1e-4)
-
-    def test_a_pair_under_bf16_autocast(self, monkeypatch):
-        pair = make_pair(d_sae=16, k=3, d_sae_output=20, k_output=4).float()
-        mlp, x = make_mlp("gated_silu").float(), make_x(4).float()
-        self.compare_pairs(monkeypatch, pair, mlp, x, "l1", "input", 2e-2, autocast=True)
 
     def test_repeated_gradients_are_the_same_bits(self):
         """Of rows that many tokens use, in float32, where another order of the sum would show."""

@@ -6,12 +6,18 @@ import torch
 from jsae_lightning import kernels
 from jsae_lightning.errors import UserError
 from jsae_lightning.kernels import reference, triton
-from kernel_checks import KernelChecks, assert_close, draw, draw_indices, value_and_gradients
+from kernel_checks import KernelChecks, PenaltyChecks, assert_close, draw, draw_indices, value_and_gradients
 
 REASON = None if torch.cuda.is_available() else "there is no CUDA device"
 if REASON is None:
     REASON = "TRITON_INTERPRET is set" if triton.interpreted() else triton.why_unavailable()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+
+
+@pytest.mark.slow
+class TestCudaPenalties(PenaltyChecks):
+    implementation = triton
+    device = "cuda"
 
 
 class TestCuda(KernelChecks):

@@ -6,6 +6,7 @@ import torch
 from jsae_lightning import kernels
 from jsae_lightning.errors import UserError
 from jsae_lightning.kernels import cpu, cpu_jacobian, reference
+from kernel_checks import Largest, PenaltyChecks, SparseChecks
 
 
 def _gradients(function, tensors):
@@ -19,37 +20,27 @@ def _draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.parametrize(("tokens", "d_sae", "k"), [(7, 12, 3), (1, 5, 5), (9, 6, 1)])
-def test_topk_encode_agrees_with_reference(tokens, d_sae, k):
-    arguments = (_draw(tokens, 4), _draw(4, d_sae, seed=1), _draw(d_sae, seed=2))
-    chosen = [implementation.topk_encode(*arguments, k)[1] for implementation in (cpu, reference)]
-    assert torch.equal(*chosen)
-    fast, slow = (_gradients(lambda *a, i=i: i.topk_encode(*a, k)[0], arguments) for i in (cpu, reference))
-    torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-12)
+@pytest.fixture(params=["one block", "blocks of some tokens"])
+def blocks(request, monkeypatch):
+    """The tests' tokens in one block, and in several with a smaller one at the end."""
+    if request.param != "one block":
+        monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", 24)
+        monkeypatch.setattr(cpu, "MIN_CHUNK_TOKENS", 2)
+        monkeypatch.setattr(cpu_jacobian, "BLOCK_ELEMENTS", 3 * 4 * 16)
 
 
-def test_topk_encode_by_hand():
-    values, indices = cpu.topk_encode(
-        torch.tensor([[1.0, -1.0]]), torch.tensor([[3.0, 1.0, 0.0], [0.0, 0.0, 2.0]]), torch.tensor([0.0, 0.5, 0.0]), 2
-    )
-    assert values.tolist() == [[3.0, 1.5]]
-    assert indices.tolist() == [[0, 1]]
+@pytest.mark.usefixtures("blocks")
+class TestCpu(SparseChecks, PenaltyChecks):
+    implementation = cpu
+    device = "cpu"
 
 
-def test_topk_entry_below_zero_is_clipped_and_gets_no_gradient():
-    W_enc = torch.tensor([[1.0, -2.0]], requires_grad=True)
-    values, _ = cpu.topk_encode(torch.tensor([[1.0]]), W_enc, torch.zeros(2), 2)
-    values.sum().backward()
-    assert values.tolist() == [[1.0, 0.0]]
-    assert W_enc.grad.tolist() == [[1.0, 0.0]]
-
-
-@pytest.mark.parametrize("repeated", [False, True])
-def test_sparse_decode_agrees_with_reference(repeated):
-    indices = torch.tensor([[0, 0, 2], [5, 1, 1]]) if repeated else torch.tensor([[0, 3, 2], [5, 1, 0]])
-    arguments = (_draw(2, 3), _draw(6, 4, seed=1))
-    fast, slow = (_gradients(lambda v, w, i=i: i.sparse_decode(v, indices, w), arguments) for i in (cpu, reference))
-    torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-12)
+def test_the_encoder_never_holds_all_pre_activations(monkeypatch):
+    monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", 4 * 50)
+    monkeypatch.setattr(cpu, "MIN_CHUNK_TOKENS", 2)
+    with Largest() as largest:
+        cpu.topk_encode(_draw(30, 3), _draw(3, 50, seed=1), _draw(50, seed=2), 2)
+    assert largest.bytes == 4 * 50 * 8  # of float64: a chunk
 
 
 def _jacobian_arguments(num_terms=1, tokens=11, d_sae_out=6, d_sae_in=8, k_out=3, k_in=3):
@@ -108,6 +99,14 @@ def test_jacobian_values_with_some_and_all_latents_in_use(monkeypatch, dense_sha
     arguments = _jacobian_arguments(tokens=tokens, k_out=k_out, k_in=k_in)
     fast, slow = (_jacobian_gradients(implementation, arguments) for implementation in (cpu, reference))
     torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-12)
+
+
+def test_no_token_at_all_gives_no_values_and_zero_gradients():
+    tensors, weights, W_out, indices = _jacobian_arguments()
+    arguments = ([*tensors[:2], tensors[2][:0]], weights, W_out, [index[:0] for index in indices])
+    values, gradients = _jacobian_gradients(cpu, arguments)
+    assert values.shape == (0, 3, 3)
+    assert [grad.any().item() for grad in gradients] == [False, False, False]
 
 
 def test_jacobian_values_repeat_bit_for_bit_in_float32():

@@ -13,7 +13,7 @@ import torch
 from jsae_lightning import kernels
 from jsae_lightning.errors import UserError
 from jsae_lightning.kernels import reference, triton
-from kernel_checks import KernelChecks, Largest, draw, draw_indices, value_and_gradients
+from kernel_checks import KernelChecks, Largest, PenaltyChecks, draw, draw_indices, value_and_gradients
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: its wheels are for Linux")
@@ -21,6 +21,14 @@ needs_interpreter = pytest.mark.skipif(
     HAS_TRITON and not triton.interpreted(),
     reason="there is a CUDA device: test_cuda_kernels.py runs the same checks there (or set TRITON_INTERPRET=1)",
 )
+
+
+@needs_triton
+@needs_interpreter
+@pytest.mark.slow
+class TestInterpreterPenalties(PenaltyChecks):
+    implementation = triton
+    device = "cpu"
 
 
 @needs_triton

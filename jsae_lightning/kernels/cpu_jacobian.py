@@ -145,22 +145,22 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> Non
 class _Workspace:
     """A block's tensors, made once: allocating some megabytes anew for each block costs as much as its sums."""
 
-    def __init__(self, size: int, part: _Part, k_out: int, k_in: int, *, gradients: bool = False) -> None:
-        self._shape = (part.P.shape[1],)
-        self._like = part.P
-        self.rows_out, self.rows_in = self._empty(size, k_out), self._empty(size, k_in)
-        several_terms = len(part.Qs) > 1
-        self.scaled_out = self._empty(size, k_out) if several_terms or gradients else self.rows_out
-        if gradients:
-            self.grad_in, self.grad_scaled = self._empty(size, k_in), self._empty(size, k_out)
+    def __init__(self, blocks: list[slice], part: _Part, k_out: int, k_in: int, *, gradients: bool = False) -> None:
+        tokens = blocks[0].stop if blocks else 0
 
-    def _empty(self, size: int, k: int) -> Tensor:
-        return self._like.new_empty(size, k, *self._shape)
+        def rows(k: int) -> Tensor:
+            return part.P.new_empty(tokens, k, part.P.shape[1])
+
+        self.rows_out, self.rows_in = rows(k_out), rows(k_in)
+        # Where nothing needs the unscaled rows afterwards they are scaled in place.
+        self.scaled_out = rows(k_out) if gradients or len(part.Qs) > 1 else self.rows_out
+        if gradients:
+            self.grad_in, self.grad_scaled = rows(k_in), rows(k_out)
 
 
 def _add_values(values: Tensor, part: _Part, indices_out: Tensor, indices_in: Tensor) -> None:
     blocks = _blocks(indices_out, indices_in, part.P.shape[1])
-    work = _Workspace(blocks[0].stop, part, indices_out.shape[1], indices_in.shape[1])
+    work = _Workspace(blocks, part, indices_out.shape[1], indices_in.shape[1])
     for block in blocks:
         rows_out = _gather(part.P, indices_out[block], work.rows_out)
         scaled = work.scaled_out[: len(rows_out)]
@@ -175,7 +175,7 @@ def _projection_gradients(
     """Return the gradients of P and of each Q; fill `grad_slopes` where it is not empty."""
     grad_P, grad_Qs = torch.zeros_like(part.P), [torch.zeros_like(Q) for Q in part.Qs]
     blocks = _blocks(indices_out, indices_in, part.P.shape[1])
-    work = _Workspace(blocks[0].stop, part, indices_out.shape[1], indices_in.shape[1], gradients=True)
+    work = _Workspace(blocks, part, indices_out.shape[1], indices_in.shape[1], gradients=True)
     for block in blocks:
         grad_block = grad[block]
         rows_out = _gather(part.P, indices_out[block], work.rows_out)
