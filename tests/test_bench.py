@@ -191,6 +191,7 @@ def test_one_run_writes_every_figure(command, tmp_path):
     assert set(record["peak_bytes"]) == {FLOOR, OURS}
     assert record["left_out"] == {MODEL: "--d-model is not that of the preset's model"}
     assert {"torch", "jsae_lightning", "cpu", "cores", "threads", "dtype", "kernels"} <= set(record["versions"])
+    assert record["versions"]["kernels"] == "cpu"  # what `auto` chose
     assert "left out: language model" in out
     assert "| ours, with the penalty" in out
     assert "round 3 of 3" in err and "round" not in out

@@ -141,7 +141,9 @@ def test_select_kernels_forces_an_implementation(monkeypatch):
     monkeypatch.setattr(kernels, "_forced", [])
     kernels.select_kernels("reference")
     assert kernels._for(torch.zeros(1)) is reference
+    assert kernels.selected_kernels(torch.device("cpu")) == "reference"
     kernels.select_kernels("auto")
     assert kernels._for(torch.zeros(1)) is cpu
+    assert kernels.selected_kernels(torch.device("cpu")) == "cpu"
     with pytest.raises(UserError, match="kernels: 'fast'"):
         kernels.select_kernels("fast")

@@ -115,8 +115,8 @@ def prepare(settings: Settings) -> None:
 
 
 def _versions(settings: Settings, device: torch.device) -> dict[str, Any]:
-    own = {key: getattr(settings, key) for key in ("dtype", "kernels", "repeats", "seed")}
-    return package_versions() | machine(device) | own
+    own = {key: getattr(settings, key) for key in ("dtype", "repeats", "seed")}
+    return package_versions() | machine(device) | own | {"kernels": kernels.selected_kernels(device)}
 
 
 def _peaks_apart(shape: Shape, settings: Settings, names: Sequence[str], report: Report) -> dict[str, Peak]:

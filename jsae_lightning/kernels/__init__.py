@@ -9,6 +9,7 @@ import functools
 from collections.abc import Sequence
 from types import ModuleType
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -33,12 +34,17 @@ def select_kernels(name: str) -> None:
     _forced[:] = [] if name == "auto" else [IMPLEMENTATIONS[name]]
 
 
-def _for(tensor: Tensor) -> ModuleType:
+def selected_kernels(device: torch.device) -> str:
+    """Return the name of the implementation that tensors of a device are given to."""
     if _forced:
-        return _forced[0]
-    if tensor.device.type == "cpu":
-        return cpu
-    return triton if tensor.is_cuda and _triton_runs() else reference
+        return next(name for name, module in IMPLEMENTATIONS.items() if module is _forced[0])
+    if device.type == "cpu":
+        return "cpu"
+    return "triton" if device.type == "cuda" and _triton_runs() else "reference"
+
+
+def _for(tensor: Tensor) -> ModuleType:
+    return _forced[0] if _forced else IMPLEMENTATIONS[selected_kernels(tensor.device)]
 
 
 @functools.cache
