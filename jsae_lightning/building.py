@@ -198,7 +198,6 @@ def build_memory_estimate(cfg: DictConfig) -> MemoryEstimate:
         batch_tokens=cfg.data.batch_tokens,
         lm_batch_sequences=cfg.data.lm_batch_sequences,
         evaluation_sequences=cfg.eval.batch_sequences if cfg.callbacks.get("evaluation") else 0,
-        kernels=cfg.kernels,
     )
 
 

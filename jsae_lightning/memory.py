@@ -5,8 +5,9 @@ S latents, T tokens of a micro-batch, k active latents, and n slices of d_mlp (`
 
     kept       what the forward pass leaves to the backward one: inputs, outputs, reconstructions, errors (6 T d_model),
                the slopes (T d_mlp each), latents (T k) and the Jacobian with what the penalty makes of it (5 T k^2)
-    forward    4 b p + kept + the largest of: an encoder's pre-activations (T S), the MLP's hidden values (3 T d_mlp), a
-               slice of the projections of both dictionaries ((1 + terms) S d_mlp / n)
+    forward    4 b p + kept + the largest of: an encoder's pre-activations (T S; on a CPU those of the T' <= T tokens of
+               a chunk), the MLP's hidden values (3 T d_mlp), a slice of the projections of both dictionaries
+               ((1 + terms) S d_mlp / n)
     backward   3 b p + kept + that slice and its gradient + the gradients of two weights (2 S d_model); b p of gradients
                replaces all this as it grows
     optimizer  4 b p + Adam's temporaries of one weight (3 S d_model)
@@ -19,6 +20,7 @@ AuxK's part is left out: no latent is dead before `sae.dead_after_tokens`.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from jsae_lightning.kernels.cpu import chunk_tokens
 from jsae_lightning.kernels.cpu_jacobian import num_slices
 
 LIBRARIES_BYTES = 900_000_000
@@ -48,7 +50,7 @@ class StepShape:
     gated: bool
     penalty: bool
     kernels: str
-    """`reference`, or any other name for kernels that work in slices and blocks."""
+    """Which implementation: `cpu` and `triton` work in slices and blocks, `cpu` also encodes by chunks of tokens."""
     precision: str = "32-true"
     """Lightning's name: 32-true, bf16-mixed, 64-true."""
 
@@ -69,7 +71,8 @@ def step_phases(shape: StepShape) -> dict[str, int]:
     wide, terms = max(shape.d_sae, shape.d_sae_output), 2 if shape.gated else 1
     size = 8 if shape.precision.startswith("64") else 4
     kept = 6 * shape.tokens * shape.d_model + 3 * shape.tokens * (shape.k + shape.k_output)
-    forward, backward = max(shape.tokens * wide, 3 * shape.tokens * shape.d_mlp), wide * shape.d_model
+    encoded = chunk_tokens(shape.tokens, wide) if shape.kernels == "cpu" else shape.tokens
+    forward, backward = max(encoded * wide, 3 * shape.tokens * shape.d_mlp), wide * shape.d_model
     if shape.penalty:
         kept += shape.tokens * (terms * shape.d_mlp + 5 * shape.k * shape.k_output)
         slices = num_slices(shape.tokens, shape.d_model, shape.d_mlp, terms)

@@ -82,6 +82,12 @@ def test_plain_kernels_gated_mlps_and_float64_take_more():
         assert step_bytes(replace(SHAPE, **changes)) > step_bytes(SHAPE)
 
 
+def test_the_encoder_of_the_cpu_kernels_holds_a_chunk_of_the_tokens():
+    wide = replace(SHAPE, penalty=False, d_sae=65536, d_sae_output=65536)
+    cpu, triton = (step_phases(replace(wide, kernels=name))["forward"] for name in ("cpu", "triton"))
+    assert triton - cpu == 4 * (2048 - 512) * 65536
+
+
 @pytest.mark.parametrize("d_mlp", [256, 1024, 4096, 16384])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("tokens", [1024, 4096])

@@ -5,6 +5,7 @@ from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from jsae_lightning.kernels import selected_kernels
 from jsae_lightning.memory import LanguageModelShape, StepShape, describe, run_parts
 from jsae_lightning.module import JSAEModule
 
@@ -14,16 +15,15 @@ log = logging.getLogger(__name__)
 class MemoryEstimate(Callback):
     """Logs one line with the estimate of `memory.run_parts`, for one rank; on rank 0."""
 
-    def __init__(self, *, batch_tokens: int, lm_batch_sequences: int, evaluation_sequences: int, kernels: str) -> None:
+    def __init__(self, *, batch_tokens: int, lm_batch_sequences: int, evaluation_sequences: int) -> None:
         """Take what the data module and the LightningModule do not tell.
 
         Args:
             batch_tokens: tokens of an optimizer step over all ranks.
             lm_batch_sequences: sequences of a forward pass that makes activations.
             evaluation_sequences: sequences of a forward pass of an evaluation; 0: there is none.
-            kernels: the configuration's name of the kernels.
         """
-        self._batch_tokens, self._kernels = batch_tokens, kernels
+        self._batch_tokens = batch_tokens
         self._pass_sequences, self._evaluation_sequences = lm_batch_sequences, evaluation_sequences
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -34,7 +34,6 @@ class MemoryEstimate(Callback):
         module = cast(JSAEModule, pl_module)
         model, pair, mlp = data.language_model, module.pair, data.frozen_mlp
         on_cpu = model.device.type == "cpu"
-        kernels = ("cpu" if on_cpu else "reference") if self._kernels == "auto" else self._kernels
         length = data.val_tokens.shape[1]
         shape = StepShape(
             tokens=self._batch_tokens // trainer.world_size // trainer.accumulate_grad_batches,
@@ -46,7 +45,7 @@ class MemoryEstimate(Callback):
             k_output=pair.output_sae.k,
             gated=mlp.is_gated,
             penalty=module.jacobian_coef > 0,
-            kernels=kernels,
+            kernels=selected_kernels(model.device),
             precision=str(trainer.precision),
         )
         passes = LanguageModelShape(

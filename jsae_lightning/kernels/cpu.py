@@ -23,6 +23,11 @@ def _weighted_row_sum(values: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
     return F.embedding_bag(indices, rows, per_sample_weights=values, mode="sum")
 
 
+def chunk_tokens(tokens: int, d_sae: int) -> int:
+    """Return of how many tokens the encoder holds the pre-activations at a time."""
+    return min(tokens, max(MIN_CHUNK_TOKENS, CHUNK_ELEMENTS // d_sae))
+
+
 def _topk_of_chunks(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return relu of the k largest pre-activations and their indices; never holds all (tokens, d_sae) of them.
 
@@ -32,9 +37,10 @@ def _topk_of_chunks(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Te
     x, W_enc, b_enc = x.to(dtype), W_enc.to(dtype), b_enc.to(dtype)
     values = x.new_empty(len(x), k, dtype=torch.promote_types(dtype, torch.float32))
     indices = torch.empty(len(x), k, dtype=torch.int64)
-    size = max(MIN_CHUNK_TOKENS, CHUNK_ELEMENTS // W_enc.shape[1])
-    pre_activations = x.new_empty(min(size, len(x)), W_enc.shape[1])
-    for chunk in (slice(start, min(start + size, len(x))) for start in range(0, len(x), size)):
+    size = chunk_tokens(len(x), W_enc.shape[1])
+    pre_activations = x.new_empty(size, W_enc.shape[1])
+    for start in range(0, len(x), max(1, size)):
+        chunk = slice(start, min(start + size, len(x)))
         rows = pre_activations[: chunk.stop - chunk.start]
         values[chunk], indices[chunk] = torch.addmm(b_enc, x[chunk], W_enc, out=rows).topk(k, dim=1)
     return values.relu_(), indices
