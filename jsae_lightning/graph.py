@@ -26,6 +26,7 @@ from jsae_lightning.distributed import all_reduce_sum, rank_and_world_size
 from jsae_lightning.edge_accumulator import MAX_PAIRS, EdgeAccumulator, LatentStatistics, gather_on_first_rank
 from jsae_lightning.edge_contexts import EdgeContexts
 from jsae_lightning.errors import UserError
+from jsae_lightning.evaluation_progress import EvaluationProgress
 from jsae_lightning.graph_files import GRAPHML_EDGES, load_graph, read_edges
 from jsae_lightning.graph_summary import FIGURES, GraphSummary, summarize_graph
 from jsae_lightning.grouped_evaluation import spaced
@@ -122,9 +123,7 @@ def check_graph(held_out: HeldOut, tokens: int | None, **numbers: int) -> Bool[T
 
 def sequences_of(held_out: HeldOut, wanted: Bool[Tensor, " sequences"]) -> Iterator[Sequence]:
     """Yield this rank's share of the wanted sequences in rising order; one forward pass per `batch_sequences`."""
-    rank, world_size = rank_and_world_size()
-    weights = held_out.pair.input_sae.W_enc
-    mine = [number for number in range(rank, len(held_out.tokens), world_size) if wanted[number]]
+    weights, mine = held_out.pair.input_sae.W_enc, _share_of(held_out, wanted)
     for start in range(0, len(mine), held_out.batch_sequences):
         batch = mine[start : start + held_out.batch_sequences]
         with torch.autocast(weights.device.type, enabled=False):
@@ -132,6 +131,19 @@ def sequences_of(held_out: HeldOut, wanted: Bool[Tensor, " sequences"]) -> Itera
         for number, x in zip(batch, mlp_in, strict=True):
             position = held_out.included[number].nonzero()[:, 0].to(weights.device)
             yield Sequence(number, position, x[position])
+
+
+def _share_of(held_out: HeldOut, wanted: Bool[Tensor, " sequences"]) -> list[int]:
+    rank, world_size = rank_and_world_size()
+    return [number for number in range(rank, len(held_out.tokens), world_size) if wanted[number]]
+
+
+def _followed(held_out: HeldOut, wanted: Bool[Tensor, " sequences"], name: str) -> Iterator[Sequence]:
+    """Yield what `sequences_of` does, and show how far the pass `name` is."""
+    with EvaluationProgress(name, len(_share_of(held_out, wanted)), "sequences") as progress:
+        for sequence in sequences_of(held_out, wanted):
+            yield sequence
+            progress.advance(1)
 
 
 def latents_of(held_out: HeldOut, x: Float[Tensor, "tokens d_model"]) -> dict[str, Latents]:
@@ -159,7 +171,7 @@ def _first_pass(
     widths = {side: sae.d_sae for side, sae in pair.named_saes()}
     statistics = {side: LatentStatistics(width, device) for side, width in widths.items()}
     top = {side: TopContexts(width, n, device) for side, width in widths.items()}
-    for sequence in sequences_of(held_out, mask.any(dim=1)):
+    for sequence in _followed(held_out, mask.any(dim=1), "graph: edges"):
         counts = mask[sequence.number].to(device)[sequence.position]
         x, position = sequence.mlp_in[counts], sequence.position[counts]
         latents = latents_of(held_out, x)
@@ -183,7 +195,7 @@ def _second_pass(
 ) -> dict[str, Windows]:
     """Read the windows of the top contexts, and find and read those of the top edges, merged over ranks."""
     windows = {side: Windows(top[side]) for side in SIDES}
-    for sequence in sequences_of(held_out, mask.any(dim=1)):
+    for sequence in _followed(held_out, mask.any(dim=1), "graph: contexts"):
         latents = latents_of(held_out, sequence.mlp_in)
         for side in SIDES:
             windows[side].read(latents[side], sequence.number, sequence.position)
