@@ -76,11 +76,11 @@ class _JacobianValues(torch.autograd.Function):
         ctx.dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else W_out.dtype
         with torch.autocast("cpu", enabled=False):
             ctx.out, ctx.in_ = _used_rows(encoder_rows, indices_out), _used_rows(decoder_rows, indices_in)
-            values = W_out.new_zeros(*indices_out.shape, indices_in.shape[1])
+            values = W_out.new_empty(*indices_out.shape, indices_in.shape[1])
             for units in _slices(len(values), W_out, terms):
                 ctx.last = None  # frees the slice before
                 ctx.last = _project(ctx.out, ctx.in_, W_out, terms, units, ctx.dtype)
-                _add_values(values, ctx.last, ctx.out.indices, ctx.in_.indices)
+                _add_values(values, ctx.last, ctx.out.indices, ctx.in_.indices, first=units.start == 0)
         return values
 
     @staticmethod
@@ -88,7 +88,7 @@ class _JacobianValues(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[override]
         W_out, *terms = ctx.saved_tensors
         num_terms = len(terms) // 2
-        grad_out, grad_in = torch.zeros_like(ctx.out.rows), torch.zeros_like(ctx.in_.rows)
+        grad_out = grad_in = None
         needs_slopes = any(ctx.needs_input_grad[5 + num_terms :])
         grad_slopes = [torch.zeros_like(slope) for slope in terms[num_terms:]] if needs_slopes else []
         with torch.autocast("cpu", enabled=False):
@@ -99,9 +99,9 @@ class _JacobianValues(torch.autograd.Function):
                 grad_P, grad_Qs = _projection_gradients(
                     grad, part, ctx.out.indices, ctx.in_.indices, [total[:, units] for total in grad_slopes]
                 )
-                _add_product(grad_out, grad_P, part.W_out, ctx.dtype)
+                grad_out = _add_product(grad_out, grad_P, part.W_out, ctx.dtype)
                 for grad_Q, weight in zip(grad_Qs, part.weights, strict=True):
-                    _add_product(grad_in, grad_Q, weight.T, ctx.dtype)
+                    grad_in = _add_product(grad_in, grad_Q, weight.T, ctx.dtype)
                 del part, grad_P, grad_Qs, grad_Q
         slopes = grad_slopes or [None] * num_terms
         return ctx.out.expand(grad_out), ctx.in_.expand(grad_in), *[None] * (3 + num_terms), *slopes
@@ -135,11 +135,11 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return (a.to(dtype) @ b.to(dtype)).to(b.dtype)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
-    if dtype == total.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a.to(dtype) @ b.to(dtype)
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return total + a b, in the place of `total`; None is zero."""
+    if total is None:
+        return _product(a, b, dtype)
+    return total.addmm_(a, b) if dtype == total.dtype else total.add_(a.to(dtype) @ b.to(dtype))
 
 
 class _Workspace:
@@ -158,15 +158,17 @@ class _Workspace:
             self.grad_in, self.grad_scaled = rows(k_in), rows(k_out)
 
 
-def _add_values(values: Tensor, part: _Part, indices_out: Tensor, indices_in: Tensor) -> None:
+def _add_values(values: Tensor, part: _Part, indices_out: Tensor, indices_in: Tensor, *, first: bool) -> None:
+    """Add what `part` contributes to J; the `first` part writes over what is there."""
     blocks = _blocks(indices_out, indices_in, part.P.shape[1])
     work = _Workspace(blocks, part, indices_out.shape[1], indices_in.shape[1])
     for block in blocks:
         rows_out = _gather(part.P, indices_out[block], work.rows_out)
         scaled = work.scaled_out[: len(rows_out)]
-        for Q, slope in zip(part.Qs, part.slopes, strict=True):
+        for term, (Q, slope) in enumerate(zip(part.Qs, part.slopes, strict=True)):
             torch.mul(rows_out, slope[block][:, None], out=scaled)
-            values[block].baddbmm_(scaled, _gather(Q, indices_in[block], work.rows_in).mT)
+            rows_in = _gather(Q, indices_in[block], work.rows_in)
+            values[block].baddbmm_(scaled, rows_in.mT, beta=0 if first and term == 0 else 1)
 
 
 def _projection_gradients(
