@@ -1,7 +1,7 @@
 """The activation functions of MLPs, each with its derivative in closed form.
 
 Both are ordinary differentiable torch operations, so autograd gives the second derivative that a gradient through the
-Jacobian needs. They work in place where autograd allows it: on a CPU fresh memory costs more than the arithmetic.
+Jacobian needs. GELU's work in place where autograd allows it: on a CPU fresh memory costs more than the arithmetic.
 """
 
 import math
@@ -26,8 +26,8 @@ class Activation(NamedTuple):
 
 def _gelu_derivative(h: Tensor) -> Tensor:
     """Phi(h) + h phi(h), with Phi and phi the standard normal's distribution function and density."""
-    density = h.square().mul_(-0.5).exp_()
-    return torch.erf(h / math.sqrt(2)).add_(1).mul_(0.5).addcmul_(h, density, value=1 / math.sqrt(2 * math.pi))
+    exponential = h.square().mul_(-0.5).exp_()
+    return torch.erf(h / math.sqrt(2)).add_(1).mul_(0.5).addcmul_(h, exponential, value=1 / math.sqrt(2 * math.pi))
 
 
 def _gelu_tanh_derivative(h: Tensor) -> Tensor:

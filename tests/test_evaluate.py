@@ -503,11 +503,11 @@ def test_two_ranks_equal_one(copy, tmp_path):
     one = read(evaluate_folder(copy, ["eval.tokens=176", f"eval.out={tmp_path / 'one'}"]))
     assert (one["evaluation"]["ranks"], one["evaluation"]["sequences"]) == (1, 11)
     for key, figure in one["figures"].items():
-        # The areas come from differences of losses that nearly cancel: float32 holds a loss of 6 nats to 5e-7.
-        atol = 2e-6 if "_area_" in key else 1e-9
+        # An area is a share of what the edges explain, here of 0.03 nats out of 6, which float32 holds to 2e-5 of it.
+        atol = 5e-6 if "_area_" in key else None
         assert two["figures"][key]["mean"] == pytest.approx(figure["mean"], rel=1e-6, abs=atol), key
         error, found = figure["standard_error"], two["figures"][key]["standard_error"]
-        assert found == (error if error is None else pytest.approx(error, rel=1e-3, abs=atol)), key
+        assert found == (error if error is None else pytest.approx(error, rel=1e-3, abs=1e-9)), key
     for name, array in load_file(tmp_path / "one" / "arrays.safetensors").items():
         torch.testing.assert_close(arrays[name], array, rtol=1e-4, atol=1e-6, msg=name)
     assert (tmp_path / "output").read_text().count("results: ") == 1

@@ -76,11 +76,11 @@ class _JacobianValues(torch.autograd.Function):
         ctx.dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else W_out.dtype
         with torch.autocast("cpu", enabled=False):
             ctx.out, ctx.in_ = _used_rows(encoder_rows, indices_out), _used_rows(decoder_rows, indices_in)
-            values = W_out.new_empty(*indices_out.shape, indices_in.shape[1])
+            values = W_out.new_zeros(*indices_out.shape, indices_in.shape[1])
             for units in _slices(len(values), W_out, terms):
                 ctx.last = None  # frees the slice before
                 ctx.last = _project(ctx.out, ctx.in_, W_out, terms, units, ctx.dtype)
-                _add_values(values, ctx.last, ctx.out.indices, ctx.in_.indices, first=units.start == 0)
+                _add_values(values, ctx.last, ctx.out.indices, ctx.in_.indices)
         return values
 
     @staticmethod
@@ -158,17 +158,15 @@ class _Workspace:
             self.grad_in, self.grad_scaled = rows(k_in), rows(k_out)
 
 
-def _add_values(values: Tensor, part: _Part, indices_out: Tensor, indices_in: Tensor, *, first: bool) -> None:
-    """Add what `part` contributes to J; the `first` part writes over what is there."""
+def _add_values(values: Tensor, part: _Part, indices_out: Tensor, indices_in: Tensor) -> None:
     blocks = _blocks(indices_out, indices_in, part.P.shape[1])
     work = _Workspace(blocks, part, indices_out.shape[1], indices_in.shape[1])
     for block in blocks:
         rows_out = _gather(part.P, indices_out[block], work.rows_out)
         scaled = work.scaled_out[: len(rows_out)]
-        for term, (Q, slope) in enumerate(zip(part.Qs, part.slopes, strict=True)):
+        for Q, slope in zip(part.Qs, part.slopes, strict=True):
             torch.mul(rows_out, slope[block][:, None], out=scaled)
-            rows_in = _gather(Q, indices_in[block], work.rows_in)
-            values[block].baddbmm_(scaled, rows_in.mT, beta=0 if first and term == 0 else 1)
+            values[block].baddbmm_(scaled, _gather(Q, indices_in[block], work.rows_in).mT)
 
 
 def _projection_gradients(
