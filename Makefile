@@ -16,7 +16,7 @@ test: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m pytest --numprocesses 4 --dist loadfile -m slow $(ARGS)
+	$(VENV)/bin/python -m pytest --numprocesses 3 --dist loadfile -m slow $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check jsae_lightning tests notebooks
