@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from jsae_lightning.kernels.cpu_jacobian import jacobian_values
+from jsae_lightning.kernels.cpu_topk import topk_encoder
 
 CHUNK_ELEMENTS = 2**24
 """Pre-activations that exist at a time: 64 MB in float32, 1,024 tokens of 16,384 latents."""
@@ -29,20 +30,16 @@ def chunk_tokens(tokens: int, d_sae: int) -> int:
 
 
 def _topk_of_chunks(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return relu of the k largest pre-activations and their indices; never holds all (tokens, d_sae) of them.
-
-    One buffer for all chunks: fresh memory for each costs as much as a fifth of the product.
-    """
+    """Return relu of the k largest pre-activations and their indices; never holds all (tokens, d_sae) of them."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else W_enc.dtype
-    x, W_enc, b_enc = x.to(dtype), W_enc.to(dtype), b_enc.to(dtype)
+    x = x.to(dtype)
     values = x.new_empty(len(x), k, dtype=torch.promote_types(dtype, torch.float32))
     indices = torch.empty(len(x), k, dtype=torch.int64)
-    size = chunk_tokens(len(x), W_enc.shape[1])
-    pre_activations = x.new_empty(size, W_enc.shape[1])
-    for start in range(0, len(x), max(1, size)):
+    size = max(1, chunk_tokens(len(x), W_enc.shape[1]))
+    encoder = topk_encoder(W_enc.to(dtype), b_enc.to(dtype), k, len(x), size)
+    for start in range(0, len(x), size):
         chunk = slice(start, min(start + size, len(x)))
-        rows = pre_activations[: chunk.stop - chunk.start]
-        values[chunk], indices[chunk] = torch.addmm(b_enc, x[chunk], W_enc, out=rows).topk(k, dim=1)
+        values[chunk], indices[chunk] = encoder.topk(x[chunk])
     return values.relu_(), indices
 
 
