@@ -6,8 +6,8 @@ S latents, T tokens of a micro-batch, k active latents, and n slices of d_mlp (`
     kept       what the forward pass leaves to the backward one: inputs, outputs, reconstructions, errors (6 T d_model),
                the slopes (T d_mlp each), latents (T k) and the Jacobian with what the penalty makes of it (5 T k^2)
     forward    4 b p + kept + the largest of: an encoder's pre-activations (T S; on a CPU those of the T' <= T tokens of
-               a chunk), the MLP's hidden values (3 T d_mlp), a slice of the projections of both dictionaries
-               ((1 + terms) S d_mlp / n)
+               a chunk, or half of that and 3/2 S d_model for its copies where bfloat16 products screen them), the MLP's
+               hidden values (3 T d_mlp), a slice of the projections of both dictionaries ((1 + terms) S d_mlp / n)
     backward   3 b p + kept + that slice and its gradient + the gradients of two weights (2 S d_model); b p of gradients
                replaces all this as it grows
     optimizer  4 b p + Adam's temporaries of one weight (3 S d_model)
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 from jsae_lightning.kernels.cpu import chunk_tokens
 from jsae_lightning.kernels.cpu_jacobian import num_slices
+from jsae_lightning.kernels.cpu_topk import screening_pays
 
 LIBRARIES_BYTES = 900_000_000
 """What Python, torch, Lightning, transformers, matplotlib and the others take in a process on a CPU, measured."""
@@ -71,8 +72,7 @@ def step_phases(shape: StepShape) -> dict[str, int]:
     wide, terms = max(shape.d_sae, shape.d_sae_output), 2 if shape.gated else 1
     size = 8 if shape.precision.startswith("64") else 4
     kept = 6 * shape.tokens * shape.d_model + 3 * shape.tokens * (shape.k + shape.k_output)
-    encoded = chunk_tokens(shape.tokens, wide) if shape.kernels == "cpu" else shape.tokens
-    forward, backward = max(encoded * wide, 3 * shape.tokens * shape.d_mlp), wide * shape.d_model
+    forward, backward = max(_encoding(shape, wide), 3 * shape.tokens * shape.d_mlp), wide * shape.d_model
     if shape.penalty:
         kept += shape.tokens * (terms * shape.d_mlp + 5 * shape.k * shape.k_output)
         slices = num_slices(shape.tokens, shape.d_model, shape.d_mlp, terms)
@@ -93,6 +93,16 @@ def step_phases(shape: StepShape) -> dict[str, int]:
         "backward": size * (3 * shape.params + kept + backward) + casts,
         "optimizer": size * (4 * shape.params + 3 * weight),
     }
+
+
+def _encoding(shape: StepShape, d_sae: int) -> int:
+    """Return how many numbers the wider encoder holds at a time."""
+    if shape.kernels != "cpu":
+        return shape.tokens * d_sae
+    products = chunk_tokens(shape.tokens, d_sae) * d_sae
+    if shape.precision.startswith("32") and screening_pays(shape.tokens, shape.d_model, d_sae, shape.k):
+        return (products + 3 * d_sae * shape.d_model) // 2
+    return products
 
 
 def step_bytes(shape: StepShape) -> int:

@@ -22,8 +22,9 @@ def _draw(*shape, seed=0):
 
 @pytest.fixture(params=["one block", "blocks of some tokens"])
 def blocks(request, monkeypatch):
-    """The tests' tokens in one block, and in several with a smaller one at the end."""
+    """The tests' tokens in one block; and in several with a smaller one at the end, every hidden unit a part."""
     if request.param != "one block":
+        monkeypatch.setattr(cpu_jacobian, "num_parts", lambda units, threads: units)
         monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", 24)
         monkeypatch.setattr(cpu, "MIN_CHUNK_TOKENS", 2)
         monkeypatch.setattr(cpu_jacobian, "BLOCK_ELEMENTS", 3 * 4 * 16)
@@ -80,10 +81,13 @@ def test_jacobian_values_by_hand():
 
 @pytest.mark.parametrize("block_elements", [1, 60, 2**20])
 @pytest.mark.parametrize("slices", [1, 2, 5])
+@pytest.mark.parametrize("units_of_a_part", [1, 3, 5])
 @pytest.mark.parametrize("num_terms", [1, 2])
-def test_jacobian_values_agree_with_reference(monkeypatch, block_elements, slices, num_terms):
+def test_jacobian_values_agree_with_reference(monkeypatch, block_elements, slices, units_of_a_part, num_terms):
     """Blocks of one token, of some with a rest, and of all; d_mlp whole, uneven and unit by unit; plain and gated."""
     monkeypatch.setattr(cpu_jacobian, "BLOCK_ELEMENTS", block_elements)
+    monkeypatch.setattr(cpu_jacobian, "MIN_PART_UNITS", units_of_a_part)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
     monkeypatch.setattr(cpu_jacobian, "num_slices", lambda *shape: slices)
     arguments = _jacobian_arguments(num_terms)
     fast, slow = (_jacobian_gradients(implementation, arguments) for implementation in (cpu, reference))
@@ -135,6 +139,11 @@ def test_projections_fit_in_what_a_step_has_free():
     assert cpu_jacobian.num_slices(4096, 1024, 4096, 1) == 2
     assert cpu_jacobian.num_slices(4096, 2304, 9216, 2) == 5
     assert cpu_jacobian.num_slices(1, 1, 3, 1) == 3
+
+
+def test_every_thread_has_its_part_where_parts_are_equal_and_not_too_small():
+    assert [cpu_jacobian.num_parts(2048, threads) for threads in (1, 2, 3, 8, 64)] == [1, 2, 2, 8, 8]
+    assert [cpu_jacobian.num_parts(units, 4) for units in (1, 255, 768, 1025, 1536)] == [1, 1, 3, 1, 4]
 
 
 def test_select_kernels_forces_an_implementation(monkeypatch):

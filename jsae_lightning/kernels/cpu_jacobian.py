@@ -249,7 +249,7 @@ def _projection_gradients(
             grad_scaled = _view(work_grad, *out.shape, Q.shape[2])
             torch.bmm(grad_block, in_.gather(Q, work).flatten(0, 1), out=grad_scaled.flatten(0, 1))
             scaled = _view(work, *grad_scaled.shape)
-            if grad_slopes:
+            if grad_slopes and rows_out is not None:
                 sums = torch.mul(grad_scaled, rows_out, out=scaled).sum(dim=2)
                 _in_parts(grad_slopes[term], len(part.P))[:, block, 0] = sums
             out.add_to(grad_P, grad_scaled.mul_(slope_block))

@@ -23,13 +23,13 @@ CANDIDATES_PER_D_MODEL = 1 / 1024
 """So many for each latent to be chosen: slightly more than lie within the bound where everything is normal."""
 
 MIN_D_MODEL = 256
-"""With shorter products the candidates take what the product saves."""
+"""With shorter products the candidates take it."""
 
 MIN_D_SAE = 256
 """For each latent to be chosen."""
 
 MIN_TOKENS = 2048
-"""With fewer the weights' copies do."""
+"""With fewer the copies of the weights, by rows and rounded, take what the product saves."""
 
 MOST_UNCERTAIN = 0.5
 """With a larger share of a chunk's tokens uncertain, the other chunks go to the plain product."""
@@ -107,7 +107,8 @@ class ScreenedTopK:
 
 def topk_encoder(W: Tensor, b: Tensor, k: int, tokens: int, max_tokens: int) -> DenseTopK | ScreenedTopK:
     """Return what chooses for `tokens` rows, `max_tokens` at a time: screened where that is faster."""
-    screens = screening_pays(tokens, *W.shape, k) and W.dtype == torch.float32
+    d_model, d_sae = W.shape
+    screens = W.dtype == torch.float32 and screening_pays(tokens, d_model, d_sae, k)
     return (ScreenedTopK if screens else DenseTopK)(W, b, k, max_tokens)
 
 
