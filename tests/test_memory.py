@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from jsae_lightning.memory import (
     FIRST_STEP_BYTES,
@@ -82,10 +83,14 @@ def test_plain_kernels_gated_mlps_and_float64_take_more():
         assert step_bytes(replace(SHAPE, **changes)) > step_bytes(SHAPE)
 
 
-def test_the_encoder_of_the_cpu_kernels_holds_a_chunk_of_the_tokens():
+@pytest.mark.parametrize("has_bfloat16", [False, True])
+def test_the_encoder_of_the_cpu_kernels_holds_a_chunk_of_the_tokens(monkeypatch, has_bfloat16):
+    """512 of the 2,048: float32 products, or bfloat16 ones and the weights by rows and rounded."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bfloat16)
     wide = replace(SHAPE, penalty=False, d_sae=65536, d_sae_output=65536)
     cpu, triton = (step_phases(replace(wide, kernels=name))["forward"] for name in ("cpu", "triton"))
-    assert triton - cpu == 4 * (2048 - 512) * 65536
+    held = 512 / 2 + 256 * 1.5 if has_bfloat16 else 512
+    assert triton - cpu == 4 * (2048 - held) * 65536
 
 
 @pytest.mark.parametrize("d_mlp", [256, 1024, 4096, 16384])
