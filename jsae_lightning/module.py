@@ -145,7 +145,7 @@ class JSAEModule(lightning.LightningModule):
         with torch.no_grad():
             latents = pass_.latents
             parts[f"l0_{name}"] = latents.active.sum() / len(pass_.x)
-            getattr(self, f"fired_{name}")[latents.indices[latents.active]] = True
+            getattr(self, f"fired_{name}").logical_or_(latents.fired(sae.d_sae))
             if self._logs_this_step():
                 sums = with_prefix(f"{name}/", reconstruction_sums(pass_.x, pass_.x_hat))
                 self._sums = add_sums(self._sums, sums)

@@ -29,6 +29,11 @@ class Latents(NamedTuple):
         """Mask of the entries that the ReLU let through."""
         return self.values > 0
 
+    def fired(self, d_sae: int) -> Bool[Tensor, " d_sae"]:
+        """Return which latents are active for some token. To index with `active` instead would wait for the device."""
+        counts = torch.zeros(d_sae, dtype=torch.int32, device=self.values.device)
+        return counts.index_add_(0, self.indices.flatten(), self.active.flatten().int()) > 0
+
 
 class TopKSAE(nn.Module):
     """A TopK sparse autoencoder with unit-norm decoder rows.

@@ -5,7 +5,7 @@ import torch
 
 from factories import make_pair, make_x
 from jsae_lightning.errors import UserError
-from jsae_lightning.sae import SAEPair, TopKSAE
+from jsae_lightning.sae import Latents, SAEPair, TopKSAE
 
 
 def test_forward_by_hand():
@@ -21,6 +21,13 @@ def test_forward_by_hand():
     assert latents.values.tolist() == [[2.5, 0.0]]
     assert latents.active.tolist() == [[True, False]]
     assert x_hat.tolist() == [[12.5, 20.0]]
+
+
+def test_a_latent_has_fired_if_it_is_active_for_some_token():
+    """0 for one token of two, 2 for none, 3 for both, 1 and 4 are chosen by none."""
+    latents = Latents(torch.tensor([[1.0, 0.0, 2.0], [0.5, 0.0, 0.0]]), torch.tensor([[0, 2, 3], [3, 2, 0]]))
+    assert latents.fired(5).tolist() == [True, False, False, True, False]
+    assert Latents(latents.values[:0], latents.indices[:0]).fired(2).tolist() == [False, False]
 
 
 def test_initialisation():
