@@ -1,13 +1,13 @@
 """How much memory training takes at its peak, estimated from shapes before it starts.
 
 Of a training step, in bytes, with p parameters of b bytes each (16 p at b = 4: weights, gradients, Adam's two moments),
-S latents, T tokens of a micro-batch, k active latents, and n slices of d_mlp (`kernels.cpu_jacobian.num_slices`):
+S latents, T tokens of a micro-batch, k active latents, and m hidden units a slice (`kernels.cpu_jacobian.slice_units`):
 
     kept       what the forward pass leaves to the backward one: inputs, outputs, reconstructions, errors (6 T d_model),
                the slopes (T d_mlp each), latents (T k) and the Jacobian with what the penalty makes of it (5 T k^2)
     forward    4 b p + kept + the largest of: an encoder's pre-activations (T S; on a CPU those of the T' <= T tokens of
-               a chunk, or half of that and 3/2 S d_model for its copies where bfloat16 products screen them), the MLP's
-               hidden values (3 T d_mlp), a slice of the projections of both dictionaries ((1 + terms) S d_mlp / n)
+               a chunk, and 3/2 S d_model for copies of the weights where bfloat16 products screen them), the MLP's
+               hidden values (3 T d_mlp), a slice of the projections of both dictionaries ((1 + terms) S m)
     backward   3 b p + kept + that slice and its gradient + the gradients of two weights (2 S d_model); b p of gradients
                replaces all this as it grows
     optimizer  4 b p + Adam's temporaries of one weight (3 S d_model)
@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jsae_lightning.kernels.cpu import chunk_tokens
-from jsae_lightning.kernels.cpu_jacobian import num_slices
+from jsae_lightning.kernels.cpu_jacobian import slice_units
 from jsae_lightning.kernels.cpu_topk import screening_pays
 
 LIBRARIES_BYTES = 900_000_000
@@ -72,12 +72,13 @@ def step_phases(shape: StepShape) -> dict[str, int]:
     wide, terms = max(shape.d_sae, shape.d_sae_output), 2 if shape.gated else 1
     size = 8 if shape.precision.startswith("64") else 4
     kept = 6 * shape.tokens * shape.d_model + 3 * shape.tokens * (shape.k + shape.k_output)
-    forward, backward = max(_encoding(shape, wide), 3 * shape.tokens * shape.d_mlp), wide * shape.d_model
+    encoders = _encoding(shape, shape.d_sae, shape.k), _encoding(shape, shape.d_sae_output, shape.k_output)
+    forward, backward = max(*encoders, 3 * shape.tokens * shape.d_mlp), wide * shape.d_model
     if shape.penalty:
         kept += shape.tokens * (terms * shape.d_mlp + 5 * shape.k * shape.k_output)
-        slices = num_slices(shape.tokens, shape.d_model, shape.d_mlp, terms)
-        slices = 1 if shape.kernels == "reference" else slices
-        projections = (shape.d_sae_output + terms * shape.d_sae) * -(-shape.d_mlp // slices)
+        units = slice_units(shape.tokens, shape.d_model, shape.d_mlp, terms)
+        units = shape.d_mlp if shape.kernels == "reference" else units
+        projections = (shape.d_sae_output + terms * shape.d_sae) * units
         forward = max(forward, projections)
         backward = 2 * projections + (shape.d_sae + shape.d_sae_output) * shape.d_model
     if shape.kernels == "reference":
@@ -95,14 +96,13 @@ def step_phases(shape: StepShape) -> dict[str, int]:
     }
 
 
-def _encoding(shape: StepShape, d_sae: int) -> int:
-    """Return how many numbers the wider encoder holds at a time."""
+def _encoding(shape: StepShape, d_sae: int, k: int) -> int:
+    """Return how many numbers an encoder holds at a time."""
     if shape.kernels != "cpu":
         return shape.tokens * d_sae
     products = chunk_tokens(shape.tokens, d_sae) * d_sae
-    if shape.precision.startswith("32") and screening_pays(shape.tokens, shape.d_model, d_sae, shape.k):
-        return (products + 3 * d_sae * shape.d_model) // 2
-    return products
+    screened = shape.precision.startswith("32") and screening_pays(shape.tokens, shape.d_model, d_sae, k)
+    return products + (3 * d_sae * shape.d_model // 2 if screened else 0)
 
 
 def step_bytes(shape: StepShape) -> int:

@@ -4,7 +4,7 @@ Forward and backward run on CPU tensors, and each launch compiles the kernel ins
 the kernel, the architecture, the shape's name, a digest of the specialisation, bytes of shared memory and of the
 stack (registers that were spilled), and the number of atomic instructions.
 
-    python tests/compile_triton.py 80 90
+    python tests/compile_triton.py 90 80:k32        (every shape for 9.0, one for 8.0)
 """
 
 import contextlib
@@ -34,7 +34,7 @@ SHAPES = {  # k_out, k_in, d_model, d_mlp
 
 
 def record_compilations(architectures: list[int], label: list[str], lines: set[str]) -> None:
-    """Replace the launch of a kernel by its compilation for each architecture."""
+    """Replace the launch of a kernel by its compilation for each architecture of the (changing) list."""
 
     def run(self, *args, grid, warmup, num_stages=3, **kwargs):
         bound = dict(zip(self.arg_names, args, strict=False)) | kwargs
@@ -88,10 +88,14 @@ def run_all(shape: tuple[int, int, int, int], dtype: torch.dtype, autocast: bool
 
 
 def main() -> None:
-    """Compile for the architectures that the command line names."""
-    architectures, label, lines = [int(argument) for argument in sys.argv[1:]], [""], set[str]()
+    """Compile for the architectures, and the shapes of each, that the command line names."""
+    wanted = [argument.partition(":") for argument in sys.argv[1:]]
+    architectures, label, lines = list[int](), [""], set[str]()
     record_compilations(architectures, label, lines)
     for name, shape in SHAPES.items():
+        architectures[:] = [int(number) for number, _, names in wanted if not names or name in names.split(",")]
+        if not architectures:
+            continue
         for dtype, autocast, tf32 in (
             (torch.float32, True, False),
             (torch.float32, False, False),

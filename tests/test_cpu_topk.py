@@ -79,6 +79,47 @@ def test_no_pre_activation_exceeds_its_limit():
     assert ((limits - rounded).amax(dim=1) < 60 * (exact - rounded).abs().amax(dim=1)).all()
 
 
+_UP, _DOWN = 1 + 2.0**-8 - 2.0**-20, -(1 + 2.0**-8 + 2.0**-20)
+"""Numbers that bfloat16 makes smaller by 2^-8, the most it can at 1."""
+_LOSING = [_UP] * 128 + [_DOWN] * 128
+_ALIGNED = {
+    "inputs": (_LOSING, [1.0] * 256, 0.0),
+    "weights": ([1.0] * 256, _LOSING, 0.0),
+    "product": ([1.0, 1.0], [1.0, 2.0**-8 - 2.0**-16], 0.0),
+    "bias": ([1.0], [-1.0], 1 + 2.0**-8 - 2.0**-16),
+    "inputs too small to be squared": ([2.0**-80 * entry for entry in _LOSING], [1.0] * 256, 0.0),
+    "weights too small to be squared": ([1.0] * 256, [2.0**-80 * entry for entry in _LOSING], 0.0),
+    "products too small for float32": ([2.0**-64] * 256, [2.0**-64] * 256, 0.0),
+}
+
+
+@pytest.mark.parametrize("case", _ALIGNED)
+def test_the_worst_of_each_rounding_stays_below_the_limit(case):
+    """Every entry loses what it can, in the same direction: each case needs its own term of the bound."""
+    x, w, b = (torch.tensor(numbers) for numbers in _ALIGNED[case])
+    encoder = ScreenedTopK(w[:, None], b[None], 1, 1)
+    low = x[None].bfloat16()
+    rounded = torch.addmm(encoder.low_b, low, encoder.low_rows.T).float()[0]
+    exact = x.double() @ w.double() + b.double()
+    limit = encoder._limit(x[None], low, rounded).double()
+    assert exact <= limit
+    if case != "products too small for float32":  # which some processors take for zero, and some do not
+        assert rounded < exact
+    if "too small" not in case:
+        assert limit - rounded < 2.2 * (exact - rounded)
+
+
+def test_an_input_that_only_bfloat16_cannot_hold():
+    """3.4e38 is infinite in bfloat16, and infinity times 0 no number: such a token gets the plain product."""
+    W = torch.zeros(8, 100)
+    W[0] = torch.arange(100) / 128
+    x = torch.zeros(2, 8)
+    x[0, 0], x[1, 0] = 3.4e38, 1.0
+    encoder = ScreenedTopK(W, torch.zeros(100), 3, 2)
+    assert not torch.isfinite(x.bfloat16()[0, 0])
+    assert encoder.topk(x)[1].tolist() == [[99, 98, 97]] * 2
+
+
 def test_latents_that_bfloat16_does_not_tell_apart():
     """Columns 1 + j / 4096 are all 1 in bfloat16: every token is uncertain, and gets the plain product's latents."""
     W = (1 + torch.arange(100) / 4096).expand(8, 100)

@@ -146,6 +146,16 @@ def test_every_thread_has_its_part_where_parts_are_equal_and_not_too_small():
     assert [cpu_jacobian.num_parts(units, 4) for units in (1, 255, 768, 1025, 1536)] == [1, 1, 3, 1, 4]
 
 
+def test_slices_divide_into_parts():
+    """Llama's, Gemma's and Qwen's shapes and one smaller than a part."""
+    for shape in [(2048, 4096, 11008, 2), (2048, 2304, 9216, 2), (2048, 896, 4864, 2)]:
+        units = cpu_jacobian.slice_units(*shape)
+        assert -(-shape[2] // units) <= cpu_jacobian.num_slices(*shape) > 1
+        assert [cpu_jacobian.num_parts(units, threads) for threads in (1, 2, 4)] == [1, 2, min(4, units // 256)]
+    assert cpu_jacobian.slice_units(1, 1, 3, 1) == 1
+    assert cpu_jacobian.slice_units(4096, 512, 2048, 1) == 2048
+
+
 def test_select_kernels_forces_an_implementation(monkeypatch):
     monkeypatch.setattr(kernels, "_forced", [])
     kernels.select_kernels("reference")

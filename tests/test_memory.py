@@ -85,11 +85,11 @@ def test_plain_kernels_gated_mlps_and_float64_take_more():
 
 @pytest.mark.parametrize("has_bfloat16", [False, True])
 def test_the_encoder_of_the_cpu_kernels_holds_a_chunk_of_the_tokens(monkeypatch, has_bfloat16):
-    """512 of the 2,048: float32 products, or bfloat16 ones and the weights by rows and rounded."""
+    """512 of the 2,048; with bfloat16 products the weights by rows and rounded as well."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bfloat16)
     wide = replace(SHAPE, penalty=False, d_sae=65536, d_sae_output=65536)
     cpu, triton = (step_phases(replace(wide, kernels=name))["forward"] for name in ("cpu", "triton"))
-    held = 512 / 2 + 256 * 1.5 if has_bfloat16 else 512
+    held = 512 + 256 * 1.5 if has_bfloat16 else 512
     assert triton - cpu == 4 * (2048 - held) * 65536
 
 

@@ -6,9 +6,9 @@
 The products for P, Q and their gradients are dense, but only over latents that some token uses; they are made for a
 slice of d_mlp at a time where P, Q and their gradients would be larger than the rest of a training step.
 
-Each thread has its own part of a slice's hidden units: P, Q and all that is gathered from them are
-(parts, ..., units of a part), and torch shares out every operation along the first dimension. What one thread writes
-the others never read; where they have no cache in common, that is worth half the time.
+Within a block each thread has its own part of the hidden units: P, Q and all that is gathered from them are
+(parts, ..., units of a part), and torch shares out the operations along the first dimension, so that no thread reads
+what another wrote; where they have no cache in common, that is worth half the time.
 
 First derivatives only; every sum runs in a fixed order, so results repeat bit for bit with the same number of threads.
 """
@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 BLOCK_ELEMENTS = 2**20
 """Of a block's gathered rows: 16 tokens at k 32 and d_mlp 2048, 4 MB in float32, which stay in cache."""
 
+PART_MULTIPLE = 64
 MIN_PART_UNITS = 256
 """With fewer hidden units a part's rows are too short to be gathered at the memory's speed."""
 
@@ -66,6 +67,12 @@ def num_slices(tokens: int, d_model: int, d_mlp: int, terms: int) -> int:
         (1 + terms) d_mlp / slices <= tokens + d_model
     """
     return min(d_mlp, -(-(1 + terms) * d_mlp // (tokens + d_model)))
+
+
+def slice_units(tokens: int, d_model: int, d_mlp: int, terms: int) -> int:
+    """Return the hidden units of a slice (the last one may have fewer): a multiple of 64, which parts divide."""
+    size = -(-d_mlp // num_slices(tokens, d_model, d_mlp, terms))
+    return min(d_mlp, -(-size // PART_MULTIPLE) * PART_MULTIPLE) if size > PART_MULTIPLE else size
 
 
 def num_parts(units: int, threads: int) -> int:
@@ -136,7 +143,7 @@ def jacobian_values(
 
 def _slices(tokens: int, W_out: Tensor, terms: Sequence[Tensor]) -> list[slice]:
     d_mlp, d_model = W_out.shape
-    size = -(-d_mlp // num_slices(tokens, d_model, d_mlp, len(terms) // 2))
+    size = slice_units(tokens, d_model, d_mlp, len(terms) // 2)
     return [slice(start, min(start + size, d_mlp)) for start in range(0, d_mlp, size)]
 
 

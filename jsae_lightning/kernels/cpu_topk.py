@@ -5,11 +5,12 @@ that product only proposes: the candidates that look largest are computed again 
 those are the plain product's result if no other latent can reach them. With u = 2^-8 and hats for rounded values,
 
     |z - z_hat| <= |x_t - x_hat_t| max_j |w_j| + |x_hat_t| max_j |w_j - w_hat_j| + d_model 2^-22 |x_t| max_j |w_j|
-                   + 2 u |z_hat| + 2 u max_j |b_j|                     (token t, latent j; Cauchy and Schwarz)
+                   + 2.05 u (|z_hat| + max_j |b_j|) + 2^-100           (token t, latent j; Cauchy and Schwarz)
 
-for the rounding of inputs and weights, the sums in float32, and the rounding of the product and of the bias. A latent
-that is no candidate has z_hat at most that of the last candidate, hence z at most a limit. A token whose k-th float32
-value lies below its limit goes to the plain product: with trained dictionaries about one in a thousand.
+for the rounding of inputs and weights, the sums in float32, the rounding of the product, of the bias and of their sum
+(0.05 for the terms in u^2), and products that are too small for float32. A latent that is no candidate has z_hat at
+most that of the last candidate, hence z at most a limit. A token whose k-th float32 value lies below its limit goes to
+the plain product: with trained dictionaries about one in a thousand.
 """
 
 import functools
@@ -37,8 +38,13 @@ MOST_UNCERTAIN = 0.5
 BLOCK_ELEMENTS = 2**19
 """Of the encoder's rows that are gathered at a time: 2 MB, which stay in cache."""
 
-_UNIT = 2.0**-8
-"""The unit roundoff of bfloat16."""
+_ROUNDING = 2.05 * 2.0**-8
+_SUMS = 2.0**-22
+_TINY = 2.0**-100
+"""The numbers of the bound in the module's docstring."""
+
+_TINY_LENGTH = 2.0**-64
+"""What a vector of up to 2^20 numbers is longer at most than a float32 sum of their squares says."""
 
 Chosen = tuple[Tensor, Tensor]
 
@@ -51,13 +57,13 @@ class DenseTopK:
         self.W, self.b, self.k, self.max_tokens = W, b, k, max_tokens
 
     @functools.cached_property
-    def _products(self) -> Tensor:
+    def products(self) -> Tensor:
         """One buffer for all calls: fresh memory for each costs as much as a fifth of the product."""
         return self.W.new_empty(self.max_tokens, self.W.shape[1])
 
     def topk(self, x: Tensor) -> Chosen:
         """Return the values in descending order and their columns."""
-        return torch.addmm(self.b, x, self.W, out=self._products[: len(x)]).topk(self.k, dim=1)
+        return torch.addmm(self.b, x, self.W, out=self.products[: len(x)]).topk(self.k, dim=1)
 
 
 class ScreenedTopK:
@@ -72,7 +78,12 @@ class ScreenedTopK:
         self.bias = float(b.abs().max())
         self.candidates = min(math.ceil((CANDIDATES + CANDIDATES_PER_D_MODEL * len(W)) * k), len(self.rows))
         self.is_useful = True
-        self._products = self.low_rows.new_empty(max_tokens, len(self.rows))
+
+    @functools.cached_property
+    def _products(self) -> Tensor:
+        """Half of the plain product's memory: the two are never needed at the same time."""
+        plain = self.dense.products
+        return plain.flatten().view(torch.bfloat16)[: plain.numel()].view_as(plain)
 
     def topk(self, x: Tensor) -> Chosen:
         """Return the values in descending order and their columns."""
@@ -101,8 +112,8 @@ class ScreenedTopK:
     def _limit(self, x: Tensor, low: Tensor, smallest: Tensor) -> Tensor:
         """Return for each token what no latent exceeds whose bfloat16 pre-activation is at most `smallest`."""
         norm, error = _norms_and_errors(x, low)
-        bound = error * self.norm + (norm + error) * self.error + x.shape[1] * 2.0**-22 * norm * self.norm
-        return smallest + 2 * _UNIT * (smallest.abs() + self.bias) + bound
+        bound = error * self.norm + (norm + error) * self.error + x.shape[1] * _SUMS * norm * self.norm
+        return smallest + _ROUNDING * (smallest.abs() + self.bias) + bound + _TINY
 
 
 def topk_encoder(W: Tensor, b: Tensor, k: int, tokens: int, max_tokens: int) -> DenseTopK | ScreenedTopK:
@@ -115,15 +126,19 @@ def topk_encoder(W: Tensor, b: Tensor, k: int, tokens: int, max_tokens: int) -> 
 def screening_pays(tokens: int, d_model: int, d_sae: int, k: int) -> bool:
     """Return whether a float32 encoder gains: the processor has bfloat16 products, and this one is long enough."""
     is_large = tokens >= MIN_TOKENS and d_model >= MIN_D_MODEL and d_sae >= MIN_D_SAE * k
-    return is_large and torch.cpu._is_avx512_bf16_supported()
+    return is_large and _has_bfloat16_products()
+
+
+def _has_bfloat16_products() -> bool:
+    return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
 
 def _norms_and_errors(rows: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each row's length, and the length of what rounding took from it."""
+    """Return the most that each row's length can be, and that of what rounding took from it."""
     errors = rows.new_empty(len(rows))
     for block in _blocks(len(rows), rows.shape[1]):
         torch.linalg.vector_norm(rows[block] - low[block], dim=1, out=errors[block])
-    return torch.linalg.vector_norm(rows, dim=1), errors
+    return torch.linalg.vector_norm(rows, dim=1) + _TINY_LENGTH, errors + _TINY_LENGTH
 
 
 def _row_products(rows: Tensor, x: Tensor, indices: Tensor) -> Tensor:
