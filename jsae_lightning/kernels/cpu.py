@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from jsae_lightning.kernels.blocks import blocks
 from jsae_lightning.kernels.cpu_jacobian import jacobian_values
 from jsae_lightning.kernels.cpu_topk import topk_encoder
 
@@ -35,10 +36,9 @@ def _topk_of_chunks(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Te
     x = x.to(dtype)
     values = x.new_empty(len(x), k, dtype=torch.promote_types(dtype, torch.float32))
     indices = torch.empty(len(x), k, dtype=torch.int64)
-    size = max(1, chunk_tokens(len(x), W_enc.shape[1]))
+    size = chunk_tokens(len(x), W_enc.shape[1])
     encoder = topk_encoder(W_enc.to(dtype), b_enc.to(dtype), k, len(x), size)
-    for start in range(0, len(x), size):
-        chunk = slice(start, min(start + size, len(x)))
+    for chunk in blocks(len(x), size):
         values[chunk], indices[chunk] = encoder.topk(x[chunk])
     return values.relu_(), indices
 

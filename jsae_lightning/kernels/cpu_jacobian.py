@@ -21,10 +21,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from jsae_lightning.kernels.blocks import blocks
+
 BLOCK_ELEMENTS = 2**20
 """Of a block's gathered rows: 16 tokens at k 32 and d_mlp 2048, 4 MB in float32, which stay in cache."""
 
 PART_MULTIPLE = 64
+"""Of hidden units in a slice, so that it can be cut into equal parts."""
+
 MIN_PART_UNITS = 256
 """With fewer hidden units a part's rows are too short to be gathered at the memory's speed."""
 
@@ -80,8 +84,8 @@ def num_parts(units: int, threads: int) -> int:
     return next(n for n in range(max(1, min(threads, units // MIN_PART_UNITS)), 0, -1) if units % n == 0)
 
 
-class _Slice(NamedTuple):
-    """What belongs to a slice of the MLP's hidden units, in parts."""
+class _Projections(NamedTuple):
+    """The projected dictionaries, and what else belongs to a slice of the hidden units, in parts."""
 
     P: Tensor
     """(parts, rows of the output SAE, units of a part)."""
@@ -118,15 +122,15 @@ class _JacobianValues(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False):
             for units in reversed(_slices(len(grad), W_out, terms)):
                 # The forward pass ended with the last slice and kept it; the others are made again.
-                part = ctx.last or _project(ctx.out, ctx.in_, W_out, terms, units, ctx.dtype)
+                projections = ctx.last or _project(ctx.out, ctx.in_, W_out, terms, units, ctx.dtype)
                 ctx.last = None
                 grad_P, grad_Qs = _projection_gradients(
-                    grad, part, ctx.out.indices, ctx.in_.indices, [total[:, units] for total in grad_slopes]
+                    grad, projections, ctx.out.indices, ctx.in_.indices, [total[:, units] for total in grad_slopes]
                 )
-                grad_out = _add_products(grad_out, grad_P, part.W_out, ctx.dtype)
-                for grad_Q, weight in zip(grad_Qs, part.weights, strict=True):
+                grad_out = _add_products(grad_out, grad_P, projections.W_out, ctx.dtype)
+                for grad_Q, weight in zip(grad_Qs, projections.weights, strict=True):
                     grad_in = _add_products(grad_in, grad_Q, weight.T, ctx.dtype)
-                del part, grad_P, grad_Qs, grad_Q
+                del projections, grad_P, grad_Qs, grad_Q
         slopes = grad_slopes or [None] * num_terms
         return ctx.out.expand(grad_out), ctx.in_.expand(grad_in), *[None] * (3 + num_terms), *slopes
 
@@ -143,17 +147,16 @@ def jacobian_values(
 
 def _slices(tokens: int, W_out: Tensor, terms: Sequence[Tensor]) -> list[slice]:
     d_mlp, d_model = W_out.shape
-    size = slice_units(tokens, d_model, d_mlp, len(terms) // 2)
-    return [slice(start, min(start + size, d_mlp)) for start in range(0, d_mlp, size)]
+    return blocks(d_mlp, slice_units(tokens, d_model, d_mlp, len(terms) // 2))
 
 
 def _project(
     out: _Rows, in_: _Rows, W_out: Tensor, terms: Sequence[Tensor], units: slice, dtype: torch.dtype
-) -> _Slice:
+) -> _Projections:
     weights = [weight[:, units] for weight in terms[: len(terms) // 2]]
     P = _products(out.rows, W_out[units].T, dtype)
     slopes = [_in_parts(slope[:, units], len(P)) for slope in terms[len(terms) // 2 :]]
-    return _Slice(P, [_products(in_.rows, weight, dtype) for weight in weights], W_out[units], weights, slopes)
+    return _Projections(P, [_products(in_.rows, weight, dtype) for weight in weights], W_out[units], weights, slopes)
 
 
 def _in_parts(columns: Tensor, parts: int) -> Tensor:
@@ -215,58 +218,55 @@ def _view(flat: Tensor, *shape: int) -> Tensor:
     return flat[: math.prod(shape)].view(shape)
 
 
-def _workspace(part: _Slice, blocks: list[slice], k: int, count: int) -> list[Tensor]:
+def _workspace(projections: _Projections, token_blocks: list[slice], k: int, count: int) -> list[Tensor]:
     """Return flat tensors that hold a block's rows: made once, for to allocate them anew costs as much as their sums.
 
     As few as can be: each keeps another out of the cache.
     """
-    tokens = blocks[0].stop if blocks else 0
-    return [part.P.new_empty(len(part.P) * tokens * k * part.P.shape[2]) for _ in range(count)]
+    tokens = token_blocks[0].stop if token_blocks else 0
+    return [projections.P.new_empty(tokens * k * projections.W_out.shape[0]) for _ in range(count)]
 
 
-def _add_values(values: Tensor, part: _Slice, indices_out: Tensor, indices_in: Tensor) -> None:
+def _add_values(values: Tensor, projections: _Projections, indices_out: Tensor, indices_in: Tensor) -> None:
     k_out, k_in = indices_out.shape[1], indices_in.shape[1]
-    blocks = _blocks(len(values), max(k_out, k_in) * part.W_out.shape[0])
-    work_out, work_in, *work_scaled = _workspace(part, blocks, max(k_out, k_in), 2 if len(part.Qs) == 1 else 3)
-    for block in blocks:
-        out, in_ = _latents(indices_out[block], part.P), _latents(indices_in[block], part.Qs[0])
-        rows_out = out.gather(part.P, work_out)
+    token_blocks = blocks(len(values), BLOCK_ELEMENTS // (max(k_out, k_in) * projections.W_out.shape[0]))
+    work_out, work_in, *work_scaled = _workspace(
+        projections, token_blocks, max(k_out, k_in), 2 if len(projections.Qs) == 1 else 3
+    )
+    for block in token_blocks:
+        out, in_ = _latents(indices_out[block], projections.P), _latents(indices_in[block], projections.Qs[0])
+        rows_out = out.gather(projections.P, work_out)
         scaled = _view(work_scaled[0], *rows_out.shape) if work_scaled else rows_out
-        for Q, slope in zip(part.Qs, part.slopes, strict=True):
+        for Q, slope in zip(projections.Qs, projections.slopes, strict=True):
             torch.mul(rows_out, slope[:, block], out=scaled)
             products = torch.bmm(scaled.flatten(0, 1), in_.gather(Q, work_in).flatten(0, 1).mT)
             values[block] += products.unflatten(0, out.shape[:2]).sum(dim=0)
 
 
 def _projection_gradients(
-    grad: Tensor, part: _Slice, indices_out: Tensor, indices_in: Tensor, grad_slopes: list[Tensor]
+    grad: Tensor, projections: _Projections, indices_out: Tensor, indices_in: Tensor, grad_slopes: list[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the gradients of P and of each Q; fill `grad_slopes` where it is not empty."""
-    grad_P, grad_Qs = torch.zeros_like(part.P), [torch.zeros_like(Q) for Q in part.Qs]
+    grad_P, grad_Qs = torch.zeros_like(projections.P), [torch.zeros_like(Q) for Q in projections.Qs]
     k_out, k_in = indices_out.shape[1], indices_in.shape[1]
-    blocks = _blocks(len(grad), max(k_out, k_in) * part.W_out.shape[0])
-    keeps_rows = bool(grad_slopes) or len(part.Qs) > 1
-    work, work_grad, *work_out = _workspace(part, blocks, max(k_out, k_in), 3 if keeps_rows else 2)
-    for block in blocks:
-        out, in_ = _latents(indices_out[block], part.P), _latents(indices_in[block], part.Qs[0])
-        rows_out = out.gather(part.P, work_out[0]) if keeps_rows else None
-        grad_block = grad[block].repeat(len(part.P), 1, 1)
-        for term, (Q, slope) in enumerate(zip(part.Qs, part.slopes, strict=True)):
+    token_blocks = blocks(len(grad), BLOCK_ELEMENTS // (max(k_out, k_in) * projections.W_out.shape[0]))
+    keeps_rows = bool(grad_slopes) or len(projections.Qs) > 1
+    work, work_grad, *work_out = _workspace(projections, token_blocks, max(k_out, k_in), 3 if keeps_rows else 2)
+    for block in token_blocks:
+        out, in_ = _latents(indices_out[block], projections.P), _latents(indices_in[block], projections.Qs[0])
+        rows_out = out.gather(projections.P, work_out[0]) if keeps_rows else None
+        grad_block = grad[block].repeat(len(projections.P), 1, 1)
+        for term, (Q, slope) in enumerate(zip(projections.Qs, projections.slopes, strict=True)):
             slope_block = slope[:, block]
             grad_scaled = _view(work_grad, *out.shape, Q.shape[2])
             torch.bmm(grad_block, in_.gather(Q, work).flatten(0, 1), out=grad_scaled.flatten(0, 1))
             scaled = _view(work, *grad_scaled.shape)
             if grad_slopes and rows_out is not None:
                 sums = torch.mul(grad_scaled, rows_out, out=scaled).sum(dim=2)
-                _in_parts(grad_slopes[term], len(part.P))[:, block, 0] = sums
+                _in_parts(grad_slopes[term], len(projections.P))[:, block, 0] = sums
             out.add_to(grad_P, grad_scaled.mul_(slope_block))
-            torch.mul(out.gather(part.P, work) if rows_out is None else rows_out, slope_block, out=scaled)
+            torch.mul(out.gather(projections.P, work) if rows_out is None else rows_out, slope_block, out=scaled)
             grad_in = _view(work_grad, *in_.shape, Q.shape[2])
             torch.bmm(grad_block.mT, scaled.flatten(0, 1), out=grad_in.flatten(0, 1))
             in_.add_to(grad_Qs[term], grad_in)
     return grad_P, grad_Qs
-
-
-def _blocks(tokens: int, elements: int) -> list[slice]:
-    size = max(1, BLOCK_ELEMENTS // elements)
-    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]

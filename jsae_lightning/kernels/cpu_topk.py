@@ -19,6 +19,8 @@ import math
 import torch
 from torch import Tensor
 
+from jsae_lightning.kernels.blocks import blocks
+
 CANDIDATES = 1.5
 CANDIDATES_PER_D_MODEL = 1 / 1024
 """So many for each latent to be chosen: slightly more than lie within the bound where everything is normal."""
@@ -136,7 +138,7 @@ def _has_bfloat16_products() -> bool:
 def _norms_and_errors(rows: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
     """Return the most that each row's length can be, and that of what rounding took from it."""
     errors = rows.new_empty(len(rows))
-    for block in _blocks(len(rows), rows.shape[1]):
+    for block in blocks(len(rows), BLOCK_ELEMENTS // rows.shape[1]):
         torch.linalg.vector_norm(rows[block] - low[block], dim=1, out=errors[block])
     return torch.linalg.vector_norm(rows, dim=1) + _TINY_LENGTH, errors + _TINY_LENGTH
 
@@ -144,15 +146,10 @@ def _norms_and_errors(rows: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
 def _row_products(rows: Tensor, x: Tensor, indices: Tensor) -> Tensor:
     """Return x_t . rows[indices[t, j]]."""
     products = x.new_empty(indices.shape)
-    blocks = _blocks(len(x), indices.shape[1] * x.shape[1])
-    gathered = x.new_empty(blocks[0].stop if blocks else 0, indices.shape[1], x.shape[1])
-    for block in blocks:
+    token_blocks = blocks(len(x), BLOCK_ELEMENTS // (indices.shape[1] * x.shape[1]))
+    gathered = x.new_empty(token_blocks[0].stop, indices.shape[1], x.shape[1])
+    for block in token_blocks:
         chosen = gathered[: block.stop - block.start]
         torch.index_select(rows, 0, indices[block].flatten(), out=chosen.flatten(0, 1))
         torch.bmm(x[block, None], chosen.mT, out=products[block, None])
     return products
-
-
-def _blocks(total: int, elements: int) -> list[slice]:
-    size = max(1, BLOCK_ELEMENTS // elements)
-    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
