@@ -31,6 +31,13 @@ SHAPES = {  # k_out, k_in, d_model, d_mlp
     "k50": (50, 40, 30, 100),
     "k100": (100, 128, 64, 256),
 }
+KINDS = [  # dtype, autocast to bfloat16, TF32; the first two for every shape
+    (torch.float32, True, False),
+    (torch.float32, False, False),
+    (torch.float32, False, True),
+    (torch.float64, False, False),
+    (torch.bfloat16, False, False),
+]
 
 
 def record_compilations(architectures: list[int], label: list[str], lines: set[str]) -> None:
@@ -96,13 +103,7 @@ def main() -> None:
         architectures[:] = [int(number) for number, _, names in wanted if not names or name in names.split(",")]
         if not architectures:
             continue
-        for dtype, autocast, tf32 in (
-            (torch.float32, True, False),
-            (torch.float32, False, False),
-            (torch.float32, False, True),
-            (torch.float64, False, False),
-            (torch.bfloat16, False, False),
-        ):
+        for dtype, autocast, tf32 in KINDS if name == "k32" else KINDS[:2]:
             torch.set_float32_matmul_precision("high" if tf32 else "highest")
             label[0] = f"{name},{str(dtype).removeprefix('torch.')}{',autocast' * autocast}{',tf32' * tf32}"
             run_all(shape, dtype, autocast)

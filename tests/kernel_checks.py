@@ -177,7 +177,8 @@ class PairChecks(Implementation):
             assert expected_grads[name].any()
             assert_close(grad, expected_grads[name], tolerance)
 
-    @pytest.mark.parametrize(("kind", "at"), [("gelu", "input"), ("gated_silu", "reconstruction")])
+    @pytest.mark.parametrize("kind", ["gelu", "gated_silu"])
+    @pytest.mark.parametrize("at", ["input", "reconstruction"])
     def test_a_pair_in_float32(self, monkeypatch, kind, at):
         pair = make_pair(d_sae=16, k=3, d_sae_output=20, k_output=4).float()
         self.compare_pairs(monkeypatch, pair, make_mlp(kind).float(), make_x(4).float(), "hoyer_l1", at, 1e-4)
@@ -189,10 +190,9 @@ class PairChecks(Implementation):
 
 
 class PenaltyChecks(PairChecks):
-    """The same with each penalty, for plain and gated MLPs, at the input and at the reconstruction."""
+    """The same with each penalty, for a plain MLP at the input and a gated one at the reconstruction."""
 
-    @pytest.mark.parametrize("kind", ["gelu", "gated_silu"])
-    @pytest.mark.parametrize("at", ["input", "reconstruction"])
+    @pytest.mark.parametrize(("kind", "at"), [("gelu", "input"), ("gated_silu", "reconstruction")])
     @pytest.mark.parametrize("penalty", PENALTIES)
     def test_a_pair_with_each_penalty(self, monkeypatch, penalty, kind, at):
         pair = make_pair(d_sae=16, k=3, d_sae_output=20, k_output=4)
