@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from jsae_lightning.atomic_files import atomic_file
 from jsae_lightning.errors import RunError, UserError
+from jsae_lightning.processes import is_rank_zero
 
 RECORD = "arguments.json"
 """The file in a run's folder that says what it was started with."""
@@ -79,13 +80,17 @@ def _hydra_message(error: Exception) -> str:
     # `full_key` is kept, `object_type` (a class of ours) and the advice to append with "+" would mislead.
     noise = ("object_type", "reference_type", "To append to your", "Config search path", "provider=")
     kept = [line for line in lines if line and not line.startswith(noise)]
-    return "; ".join(kept) + ": correct the key or value (--help lists all choices, --cfg job all keys)"
+    return (
+        "; ".join(kept).replace(":; ", ": ")
+        + ": correct the key or value (--help lists all choices, --cfg job all keys)"
+    )
 
 
 def record_arguments(folder: Path) -> None:
     """Note in a run's folder what it was started with, once everything has been checked; for `resumed_arguments`.
 
-    Hydra's own `.hydra/overrides.yaml` is rewritten before anything is checked, also by a mistaken start.
+    Hydra's own `.hydra/overrides.yaml` is rewritten before anything is checked, also by a mistaken start
+    (`hydra_record_kept` puts it back).
     """
     record = {
         "flags": config_flags(),
@@ -96,14 +101,39 @@ def record_arguments(folder: Path) -> None:
         temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
+@contextmanager
+def hydra_record_kept(arguments: list[str]) -> Iterator[None]:
+    """Put the `.hydra/` of a folder that holds a run back as it was if a start is refused there."""
+    folder = Path(_given(arguments).get("hydra.run.dir") or os.devnull)
+    record = folder / RECORD
+    if not record.is_file() or not is_rank_zero():
+        yield
+        return
+    before = record.stat().st_mtime_ns
+    contents = {path: path.read_bytes() for path in (folder / ".hydra").glob("*.yaml")}
+    try:
+        yield
+    finally:
+        if record.is_file() and record.stat().st_mtime_ns == before:
+            for path, content in contents.items():
+                with atomic_file(path) as temporary:
+                    temporary.write_bytes(content)
+
+
+def _given(arguments: list[str]) -> dict[str, str]:
+    """Return the values of the command line's overrides, of a repeated one the last."""
+    pairs = (argument.split("=", 1) for argument in arguments if "=" in argument)
+    return {key: value.strip("'\"") for key, value in pairs}
+
+
 def resumed_arguments(arguments: list[str]) -> list[str]:
     """Put what an earlier run was started with before the new arguments when its folder is to be continued.
 
     `ckpt_path=auto hydra.run.dir=DIR` alone then goes on with the configuration of DIR. A key that is given again
     takes its new value; repeating everything changes nothing.
     """
-    given = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-    folder = given.get("hydra.run.dir", "").strip("'\"")
+    given = _given(arguments)
+    folder = given.get("hydra.run.dir", "")
     record = Path(folder) / RECORD
     if given.get("ckpt_path") != "auto" or not folder or not record.is_file():
         return arguments

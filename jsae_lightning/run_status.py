@@ -122,17 +122,26 @@ class AttemptRecord:
         """Note that an attempt begins, after those that the folder knows of."""
         self._folder, self._began = folder, time.monotonic()
         earlier = read_status(folder)
+        self._was_finished, self._has_begun = earlier is not None and earlier.status == "finished", False
         self._attempt = Attempt(_now(), socket.gethostname(), os.getpid(), os.environ.get("SLURM_JOB_ID"))
         self._status = RunStatus("running", [*(earlier.attempts if earlier else []), self._attempt])
         write_status(folder, self._status)
 
+    def begin(self) -> None:
+        """Note that everything has been checked: from here on a failure is the run's, not that of a mistaken start."""
+        self._has_begun = True
+
     def end(self, exit_code: int, message: str | None = None) -> None:
-        """Note how the attempt ended; what ended it matters more than the note, so nothing is raised."""
+        """Note how the attempt ended; what ended it matters more than the note, so nothing is raised.
+
+        A start that is refused leaves a finished run finished.
+        """
         if self._attempt.ended_at is not None:
             return
         self._attempt.ended_at, self._attempt.seconds = _now(), round(time.monotonic() - self._began, 3)
         self._attempt.exit_code, self._attempt.message = exit_code, message
-        self._status.status = "finished" if exit_code == 0 else "failed"
+        was_refused = self._was_finished and not self._has_begun
+        self._status.status = "finished" if exit_code == 0 or was_refused else "failed"
         with suppress(Exception):
             write_status(self._folder, self._status)
 

@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 
 from jsae_lightning.config import check_architecture, check_config, config_dir, register
 from jsae_lightning.help import help_text
-from jsae_lightning.launch import exit_codes, record_arguments, resumed_arguments
+from jsae_lightning.launch import exit_codes, hydra_record_kept, record_arguments, resumed_arguments
 from jsae_lightning.processes import agree_on_start_time, end_with_parent, is_rank_zero, is_restarted
 from jsae_lightning.run_status import AttemptRecord, locked_folder, recorded_attempt
 from jsae_lightning.slurm import check_tasks, is_submitit_task, noted_end
@@ -45,7 +45,8 @@ def main() -> None:
         agree_on_start_time()
         sys.argv[1:] = resumed_arguments(sys.argv[1:])
         register()
-        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")(run)()
+        with hydra_record_kept(sys.argv[1:]):
+            hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")(run)()
     sys.exit(sweep.exit_code)
 
 
@@ -97,6 +98,7 @@ def fit(cfg: DictConfig, attempt: AttemptRecord | None) -> dict[str, float]:
     experiment = build_experiment(cfg, on_lost_rank=lambda message: attempt.end(1, message) if attempt else None)
     if attempt is not None:
         record_arguments(experiment.folder)
+        attempt.begin()
     experiment.announce()
     experiment.fit()
     return finish(experiment)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from comparing import assert_same, assert_same_run, checkpoint, rows
+from jsae_lightning.run_status import read_status
 from running import kill_self, toy_overrides, train, write_documents
 from tiny_models import make_model_dir
 
@@ -177,12 +178,24 @@ def test_damaged_checkpoint_is_refused_in_one_line(material, uninterrupted, tmp_
     assert last.startswith("jsae-train: error:") and str(damaged) in last and "truncated" in last
 
 
-def test_a_run_that_is_there_is_not_overwritten(material, uninterrupted, tmp_path):
-    output = tmp_path / "output"
-    before = checkpoint(uninterrupted)
-    assert train(toy_overrides(*material, uninterrupted), output=output) == 2
-    assert "holds a run already" in output.read_text() and "ckpt_path=auto" in output.read_text()
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [(["sae.k=3"], "holds a run already: go on with it by ckpt_path=auto"), (["ckpt_path=auto", "sae.k=3"], "sae.k=")],
+    ids=["another run", "another k"],
+)
+def test_a_refused_start_leaves_a_finished_run_as_it_was(changes, message, material, uninterrupted, tmp_path):
+    """Its checkpoint, its configuration and that it is finished; the attempt is noted."""
+    output, record = tmp_path / "output", uninterrupted / ".hydra"
+    before, written = checkpoint(uninterrupted), {path: path.read_text() for path in sorted(record.iterdir())}
+    assert len(written) == 3
+    attempts = len(read_status(uninterrupted).attempts)
+    assert train([*toy_overrides(*material, uninterrupted), *changes], output=output) == 2
+    assert message in output.read_text().strip().splitlines()[-1]
     assert_same(checkpoint(uninterrupted), before, "checkpoint")
+    assert {path: path.read_text() for path in sorted(record.iterdir())} == written
+    status = read_status(uninterrupted)
+    assert status.status == "finished"
+    assert [attempt.exit_code for attempt in status.attempts[attempts:]] == [2]
 
 
 def test_a_mistaken_resume_leaves_the_folder_as_it_was(material, tmp_path):

@@ -288,6 +288,20 @@ def test_the_lock_of_a_folder_and_the_state_of_a_killed_run(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["status.json"]
 
 
+def test_a_refused_start_leaves_a_finished_run_finished(tmp_path):
+    """What fails after everything was checked does not."""
+    for _ in range(2):
+        with recorded_attempt(tmp_path) as attempt:
+            attempt.begin()
+        with pytest.raises(UserError), recorded_attempt(tmp_path):
+            raise UserError("sae.k: no")
+        assert read_status(tmp_path).status == "finished"
+    with pytest.raises(UserError), recorded_attempt(tmp_path) as attempt:
+        attempt.begin()
+        raise UserError("train/loss: no number")
+    assert read_status(tmp_path).status == "failed"
+
+
 def test_the_status_of_a_running_run_is_nobody_elses(tmp_path):
     """Of a second start that was refused nothing is noted."""
     with locked_folder(tmp_path), recorded_attempt(tmp_path):
