@@ -18,6 +18,7 @@ from jsae_lightning.config_schema import RootConfig
 from jsae_lightning.errors import UserError
 from jsae_lightning.processes import rank_suffix, start_time
 from jsae_lightning.sharding import choose_num_shards
+from jsae_lightning.suggestions import check_keys
 from jsae_lightning.synthetic import NAME as SYNTHETIC
 from jsae_lightning.synthetic.spec import make_spec
 
@@ -90,6 +91,7 @@ def _short_hash(text: str) -> str:
 
 def check_config(cfg: DictConfig) -> None:
     """Check every rule that needs no model; raise UserError with the key, the value found and the remedy."""
+    check_keys(cfg)
     for section in ("model", "data", "sae", "jacobian", "optim", "eval", "checkpoint"):
         for key in cfg[section]:
             if OmegaConf.is_missing(cfg[section], key):

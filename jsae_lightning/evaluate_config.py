@@ -16,6 +16,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from jsae_lightning.config import check_data, check_values, choices, config_dir, register, to_dict
 from jsae_lightning.config_schema import DataConfig, ModelConfig
 from jsae_lightning.errors import UserError
+from jsae_lightning.suggestions import check_keys
 
 PARTS = ("figures", "fidelity", "graph", "ground_truth")
 """What can be measured; `evaluation_parts` has the functions."""
@@ -194,6 +195,7 @@ def parts(cfg: DictConfig) -> list[str]:
 
 
 def _check(cfg: DictConfig) -> None:
+    check_keys(cfg)
     for section in ("model", "data", "eval"):
         for key in cfg[section]:
             if OmegaConf.is_missing(cfg[section], key):

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -10,12 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from omegaconf import DictConfig
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from jsae_lightning.atomic_files import atomic_file
+from jsae_lightning.config import config_dir
 from jsae_lightning.errors import RunError, UserError
 from jsae_lightning.processes import is_rank_zero
+from jsae_lightning.suggestions import choices_of, keys_of, unknown_choice, unknown_key
 
 RECORD = "arguments.json"
 """The file in a run's folder that says what it was started with."""
@@ -75,6 +79,12 @@ def _hydra_message(error: Exception) -> str:
         if f"hydra/launcher/{launcher}" in str(error):
             return f"hydra/launcher: needs the launcher's plugin: pip install -c constraints.txt -e '.[{extra}]'"
     cause = error.__cause__ or error.__context__
+    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
+        return _unknown_choice(error)
+    if isinstance(error, ConfigCompositionException) and isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
+        key = re.match(r"Could not override '([^']+)'", str(error))
+        if key and isinstance(cause.parent_node, DictConfig):
+            return _unknown_key(key[1], cause.parent_node)
     parts = [str(error)] + ([str(cause)] if cause is not None and str(cause) not in str(error) else [])
     lines = [line.strip().rstrip(".") for part in parts for line in part.splitlines()]
     # `full_key` is kept, `object_type` (a class of ours) and the advice to append with "+" would mislead.
@@ -84,6 +94,22 @@ def _hydra_message(error: Exception) -> str:
         "; ".join(kept).replace(":; ", ": ")
         + ": correct the key or value (--help lists all choices, --cfg job all keys)"
     )
+
+
+def _unknown_choice(error: MissingConfigException) -> str:
+    """Hydra knows the user's own folder of configurations, and the choices that lie in no folder of their own."""
+    group, _, choice = str(error.missing_cfg_file).rpartition("/")
+    top = group.split("/")[0]
+    if top == "experiment":
+        group, choice = top, str(error.missing_cfg_file).removeprefix(f"{top}/")
+    return unknown_choice(group, choice, {*(error.options or ()), *choices_of(config_dir() / group)} - {"base"})
+
+
+def _unknown_key(key: str, node: DictConfig) -> str:
+    """The node is a part of the whole configuration as it was composed, whose keys are known, as groups are."""
+    groups = [path.name for path in config_dir().iterdir() if path.is_dir()]
+    root = node._get_root()
+    return unknown_key(key, {*(keys_of(root) if isinstance(root, DictConfig) else ()), *groups})
 
 
 def record_arguments(folder: Path) -> None:

@@ -41,12 +41,17 @@ def refusal(monkeypatch, capsys, tmp_path, material):
 
 # The override, and what the message must name: key, value found, remedy.
 BAD_CONFIG = [
-    ("sae.kk=3", ["kk", "correct the key"]),
-    ("seeed=3", ["seeed", "correct the key"]),
-    ("trainer.max_stepz=3", ["max_stepz", "correct the key"]),
+    ("sae.kk=3", ["sae.kk: there is no such key: did you mean sae.k?"]),
+    ("+sae.kk=3", ["sae.kk: there is no such key: did you mean sae.k?"]),
+    ("+mine=3", ["mine: there is no such key: --cfg job"]),
+    ("seeed=3", ["seeed: there is no such key: did you mean seed"]),
+    ("lr=3", ["lr: there is no such key: did you mean optim.lr?"]),
+    ("experimnt=smoke", ["experimnt: there is no such key: did you mean experiment?"]),
+    ("trainer.max_stepz=3", ["trainer.max_stepz: there is no such key: did you mean trainer.max_steps"]),
     ("+trainer.max_stepz=3", ["trainer.max_stepz", "no such argument"]),
     ("+callbacks.evaluation.everyy=3", ["callbacks.evaluation.everyy", "no such argument"]),
-    ("model=pythia-71m", ["pythia-71m", "pythia-70m"]),
+    ("model=pythia-71m", ["model: there is no 'pythia-71m': did you mean", "pythia-70m", "the choices are", "hub"]),
+    ("experiment=pythia-70m", ["experiment: there is no 'pythia-70m': did you mean paper/pythia-70m", "sweep/k"]),
     ("nosuchgroup=x", ["nosuchgroup"]),
     ("data=null", ["group", "~GROUP"]),
     ("sae.k=many", ["sae.k", "many"]),
