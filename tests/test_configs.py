@@ -1,5 +1,6 @@
 """Every experiment composes, validates, builds on its own architecture at toy size, and trains two steps."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from jsae_lightning.config import check_config, config_dir, register, to_dict
+from jsae_lightning.tiny_lm import corpus
 from running import write_documents
 from tiny_models import make_model_dir
 
@@ -59,6 +61,18 @@ def datasets_dir(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def small_stdlib(tmp_path_factory):
+    """A few short files of the standard library: to tokenise a million tokens for two steps takes most of the time."""
+    folder = tmp_path_factory.mktemp("stdlib")
+    for held_out in (False, True):
+        documents = (d for d in corpus.stdlib_documents(held_out=held_out) if 1000 < len(d[1]) < 3000)
+        for name, text in itertools.islice(documents, 8):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
 def test_there_are_all_the_promised_experiments():
     promised = {"smoke", "tiny", "synthetic", "baseline/traditional", "control/random", "paper/gpt2-small"}
     promised |= {f"paper/pythia-{size}" for size in ("70m", "160m", "410m", "1b", "2.8b", "6.9b")}
@@ -67,9 +81,10 @@ def test_there_are_all_the_promised_experiments():
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_experiment_builds_and_trains_at_toy_size(experiment, datasets_dir, tmp_path):
+def test_experiment_builds_and_trains_at_toy_size(experiment, datasets_dir, small_stdlib, tmp_path, monkeypatch):
     from jsae_lightning.building import build_experiment
 
+    monkeypatch.setattr(corpus, "stdlib_root", lambda: small_stdlib)
     model = make_model_dir(_family(experiment), tmp_path / "model")
     cfg = _compose([f"experiment={experiment}", f"paths.output_dir={tmp_path / 'run'}"])
     check_config(cfg)

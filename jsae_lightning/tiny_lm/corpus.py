@@ -5,6 +5,7 @@ later run agree on which files nobody trains on, whatever the Python version.
 """
 
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,13 @@ def is_held_out(name: str) -> bool:
     return int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0
 
 
+def _sources(root: Path) -> Iterator[Path]:
+    """Yield the source files below `root`; folders of installed packages, which may hold many more, are not entered."""
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in _NOT_STANDARD_LIBRARY]
+        yield from (Path(folder, name) for name in files if name.endswith(".py"))
+
+
 def stdlib_documents(*, held_out: bool) -> Iterator[tuple[str, str]]:
     """Yield (name, text) of each source file of one split, in the order of the names.
 
@@ -34,8 +42,7 @@ def stdlib_documents(*, held_out: bool) -> Iterator[tuple[str, str]]:
     whose content a training file has, too.
     """
     root = stdlib_root()
-    names = [path.relative_to(root).as_posix() for path in sorted(root.rglob("*.py"))]
-    names = [name for name in names if not _NOT_STANDARD_LIBRARY.intersection(name.split("/"))]
+    names = [path.relative_to(root).as_posix() for path in sorted(_sources(root))]
     twins: dict[int, list[Path]] = {}
     if held_out:
         for name in names:
