@@ -63,6 +63,10 @@ def exit_codes(program: str) -> Iterator[None]:
     except Exception as error:
         if "Config group override must be" in str(error):  # Hydra's, a plain ValueError
             _fail(program, "a config group was set to null: leave it out with ~GROUP (or experiment=none)")
+        if type(error).__module__.partition(".")[0] == "wandb":  # no login, no network: told by wandb in its own words
+            reason = " ".join(str(error).split()).rstrip(".")
+            remedy = "log in, set WANDB_MODE=offline, or leave logger=wandb out"
+            _fail(program, f"logger: wandb: {reason}: {remedy}", code=1)
         traceback.print_exc()
         sys.exit(1)
 

@@ -299,12 +299,15 @@ def _check_hub(name: str, revision: str | None, *, is_streaming: bool) -> None:
 
 @contextlib.contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """Silence for a while the progress bars and warnings of `datasets` and its libraries' lines about each request."""
+    """Silence for a while the progress bars and lines of `datasets` and its libraries' about each request.
+
+    What goes wrong is raised as well, and told in one line by whoever calls.
+    """
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from datasets.utils import logging as datasets_logging
 
     verbosity, had_bars = datasets_logging.get_verbosity(), not are_progress_bars_disabled()
-    datasets_logging.set_verbosity_error()
+    datasets_logging.set_verbosity(logging.CRITICAL)
     disable_progress_bars()
     loggers = [logging.getLogger(name) for name in ("httpx", "httpx2", "huggingface_hub")]
     levels = [logger.level for logger in loggers]

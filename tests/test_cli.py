@@ -9,6 +9,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from jsae_lightning import train as train_module
+from jsae_lightning.launch import exit_codes
 from running import toy_overrides, train, write_documents
 from tiny_models import make_model_dir
 
@@ -157,6 +158,16 @@ def test_dataset_without_text_or_tokens_names_its_columns(refusal, tmp_path):
     assert "label" in message and "title" in message
 
 
+def test_a_damaged_json_line_is_told_in_one_line(tmp_path, material):
+    (tmp_path / "rows.jsonl").write_text('{"text": "some words"}\n{"text": "mo\n')
+    output = tmp_path / "output"
+    overrides = [*toy_overrides(*material, tmp_path / "run"), "data=jsonl", "data.document_separator=null"]
+    assert train([*overrides, f"data.path={tmp_path / 'rows.jsonl'}"], output=output) == 2
+    told = [line for line in output.read_text().splitlines() if "JSON" in line]
+    assert len(told) == 1
+    assert told[0].startswith(f"jsae-train: error: data.path: '{tmp_path / 'rows.jsonl'}'")
+
+
 def test_tokens_of_another_vocabulary_are_refused(refusal, tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join('{"input_ids": [1, 2, 50000]}' for _ in range(200)))
     message = refusal("data=jsonl", "data.document_separator=null", f"data.path={tmp_path / 'rows.jsonl'}")
@@ -223,6 +234,17 @@ def _disk_full_at_third_save() -> None:
         return original(state, path)
 
     torch.save = save
+
+
+def test_what_wandb_refuses_is_told_in_one_line(capsys):
+    refusal = type("UsageError", (Exception,), {"__module__": "wandb.errors.errors"})
+    with pytest.raises(SystemExit) as stop, exit_codes("jsae-train"):
+        raise refusal("No API key configured.\nUse `wandb login` to log in.")
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == (
+        "jsae-train: error: logger: wandb: No API key configured. Use `wandb login` to log in: log in, "
+        "set WANDB_MODE=offline, or leave logger=wandb out\n"
+    )
 
 
 def test_help_names_every_experiment_and_model(monkeypatch, capsys):
