@@ -89,7 +89,7 @@ def interrupted(material, tmp_path: Path, kill: str) -> tuple[str, Path]:
     found, output = tmp_path / "run", tmp_path / "output"
     began = time.monotonic()
     code = run(command(overrides(material, found)), output=output, JSAE_TEST_KILL=kill)
-    assert code != 0 and time.monotonic() - began < 60, output.read_text()
+    assert code != 0 and time.monotonic() - began < 180, output.read_text()  # with the start; collectives wait 1,800
     return output.read_text(), found
 
 
