@@ -90,7 +90,7 @@ def test_a_stream_that_recovers_changes_nothing(kind, material, undisturbed, tmp
     assert_same_run(tmp_path / "run", undisturbed[0])
 
 
-@pytest.mark.parametrize(("kind", "prefetch"), [("trickle", "false"), ("503", "false"), ("503", "true")])
+@pytest.mark.parametrize(("kind", "prefetch"), [("trickle", "false"), ("503", "true")])
 def test_a_stream_that_stays_broken_ends_in_one_line_and_goes_on_later(kind, prefetch, material, undisturbed, tmp_path):
     model, shards = material
     folder, output = tmp_path / "run", tmp_path / "output"
