@@ -3,6 +3,8 @@
 import textwrap
 from pathlib import Path
 
+from jsae_lightning.suggestions import choices_of
+
 _USAGE = """\
 usage: jsae-train [GROUP=CHOICE ...] [KEY=VALUE ...] [-m] [--config-dir DIR]
 
@@ -51,8 +53,7 @@ def help_text(config_dir: Path) -> str:
     """Return the help: usage, the groups found below `config_dir` with their choices, flags."""
     lines = []
     for group in sorted(path for path in config_dir.iterdir() if path.is_dir() and path.name not in _NOT_CHOSEN):
-        choices = sorted(path.relative_to(group).with_suffix("").as_posix() for path in group.rglob("*.yaml"))
-        lines += _wrapped(group.name, [choice for choice in choices if choice != "base"])
+        lines += _wrapped(group.name, choices_of(group))
     launchers = sorted(path.stem for path in (config_dir / "hydra" / "launcher").glob("*_*.yaml"))
     lines += _wrapped("hydra/launcher", launchers)
     return _USAGE + "\n".join(lines) + "\n" + _MORE
@@ -60,10 +61,11 @@ def help_text(config_dir: Path) -> str:
 
 def eval_help_text(config_dir: Path) -> str:
     """Return the help of `jsae-eval`: usage, the choices of `data`, and the keys of `conf/eval.yaml`."""
-    choices = sorted(path.stem for path in (config_dir / "data").glob("*.yaml") if path.stem != "base")
     keys = (config_dir / "eval.yaml").read_text(encoding="utf-8").partition("\neval:\n")[2]
     lines = ["eval:", *keys.rstrip().splitlines()]
-    return _EVAL_USAGE + "\n".join([*_wrapped("data", choices), _EVAL_MORE + "\n".join(f"  {line}" for line in lines)])
+    return _EVAL_USAGE + "\n".join(
+        [*_wrapped("data", choices_of(config_dir / "data")), _EVAL_MORE + "\n".join(f"  {line}" for line in lines)]
+    )
 
 
 def _wrapped(name: str, choices: list[str]) -> list[str]:

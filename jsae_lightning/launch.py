@@ -19,7 +19,7 @@ from jsae_lightning.atomic_files import atomic_file
 from jsae_lightning.config import config_dir
 from jsae_lightning.errors import RunError, UserError
 from jsae_lightning.processes import is_rank_zero
-from jsae_lightning.suggestions import choices_of, keys_of, unknown_choice, unknown_key
+from jsae_lightning.suggestions import BASE, choices_of, keys_of, unknown_choice, unknown_key
 
 RECORD = "arguments.json"
 """The file in a run's folder that says what it was started with."""
@@ -102,11 +102,11 @@ def _hydra_message(error: Exception) -> str:
 
 def _unknown_choice(error: MissingConfigException) -> str:
     """Hydra knows the user's own folder of configurations, and the choices that lie in no folder of their own."""
-    group, _, choice = str(error.missing_cfg_file).rpartition("/")
-    top = group.split("/")[0]
-    if top == "experiment":
-        group, choice = top, str(error.missing_cfg_file).removeprefix(f"{top}/")
-    return unknown_choice(group, choice, {*(error.options or ()), *choices_of(config_dir() / group)} - {"base"})
+    parts = str(error.missing_cfg_file).split("/")
+    depth = 2 if parts[0] == "hydra" else 1
+    group, choice = "/".join(parts[:depth]), "/".join(parts[depth:])
+    known = {*(error.options or ()), *choices_of(config_dir() / group)} - {BASE}
+    return unknown_choice(group, choice, known)
 
 
 def _unknown_key(key: str, node: DictConfig) -> str:

@@ -12,6 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from jsae_lightning.errors import UserError
 
+BASE = "base"
+"""What a group's choices have in common; no choice itself."""
+
 MOST = 3
 """As many suggestions at most."""
 
@@ -63,8 +66,9 @@ def check_keys(node: DictConfig, prefix: str = "") -> None:
     schema = OmegaConf.get_type(node)
     if is_dataclass(schema):
         known = [field.name for field in fields(schema)]
-        for name in set(map(str, node)) - set(known):
-            raise UserError(unknown_key(prefix + name, [prefix + field for field in known]))
+        for name in map(str, node):
+            if name not in known:
+                raise UserError(unknown_key(prefix + name, [prefix + field for field in known]))
     for name, section in _sections(node):
         check_keys(section, f"{prefix}{name}.")
 
@@ -79,8 +83,9 @@ def _sections(node: DictConfig) -> list[tuple[str, DictConfig]]:
 
 
 def choices_of(group: Path) -> list[str]:
-    """Return the choices of a group's folder, those in folders of its own among them: `paper/pythia-70m`."""
-    return [path.relative_to(group).with_suffix("").as_posix() for path in group.rglob("*.yaml")]
+    """Return the choices of a group's folder, sorted, those in folders of its own among them: `paper/pythia-70m`."""
+    found = (path.relative_to(group).with_suffix("").as_posix() for path in group.rglob("*.yaml"))
+    return sorted(choice for choice in found if choice != BASE)
 
 
 def _question(suggestions: list[str]) -> str:

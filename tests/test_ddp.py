@@ -87,9 +87,9 @@ def test_accumulated_micro_batches_equal_one_batch(one_rank, tmp_path):
 def interrupted(material, tmp_path: Path, kill: str) -> tuple[str, Path]:
     """Train on two ranks until `kill` happens; return what was printed, and the run's folder."""
     found, output = tmp_path / "run", tmp_path / "output"
-    began = time.monotonic()
     code = run(command(overrides(material, found)), output=output, JSAE_TEST_KILL=kill)
-    assert code != 0 and time.monotonic() - began < 180, output.read_text()  # with the start; collectives wait 1,800
+    assert code != 0, output.read_text()
+    assert time.time() - (found / "checkpoints" / "last.ckpt").stat().st_mtime < 60  # saved a step before the kill
     return output.read_text(), found
 
 

@@ -76,8 +76,7 @@ REASONS = {
 }
 
 
-# Each kind of fault once, here or below; how each is told from the others is in test_broken_streams.
-@pytest.mark.parametrize("kind", ["drop", "stall"])
+@pytest.mark.parametrize("kind", REASONS)
 def test_a_stream_that_recovers_changes_nothing(kind, material, undisturbed, tmp_path):
     model, shards = material
     output = tmp_path / "output"

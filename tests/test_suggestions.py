@@ -72,6 +72,6 @@ def test_added_keys_are_refused_where_a_schema_says_which_there_are():
 
 def test_choices_in_folders_of_their_own_are_found(tmp_path):
     (tmp_path / "paper").mkdir()
-    for name in ("smoke.yaml", "paper/pythia.yaml", "notes.txt"):
+    for name in ("smoke.yaml", "paper/pythia.yaml", "base.yaml", "notes.txt"):
         (tmp_path / name).touch()
-    assert sorted(choices_of(tmp_path)) == ["paper/pythia", "smoke"]
+    assert choices_of(tmp_path) == ["paper/pythia", "smoke"]
