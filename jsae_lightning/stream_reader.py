@@ -25,7 +25,7 @@ class StreamReader:
         self._open(state)
 
     def _open(self, state: dict[str, Any] | None) -> None:
-        self._dataset = copy.deepcopy(self._data)
+        self._dataset = _copy(self._data)
         if state is not None:
             self._dataset.load_state_dict(copy.deepcopy(state))
         self._rows, self._has_moved = iter(self._dataset), False
@@ -62,6 +62,17 @@ class StreamReader:
 
     def _shard(self) -> str:
         return shard_name(self._dataset)
+
+
+def _copy(data: Any) -> Any:
+    """Copy a dataset, but share the table of connections that it holds on to.
+
+    That is one for the whole process, and copying it adds an entry for a thread that has none, which ends the copying.
+    """
+    from huggingface_hub import HfFileSystem
+
+    connections = HfFileSystem._cache
+    return copy.deepcopy(data, {id(connections): connections})
 
 
 def _take(rows: Iterator[Any], count: int) -> list[Any]:

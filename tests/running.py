@@ -1,6 +1,7 @@
 """Run `jsae-train` in child processes that start fast: forked from a server that has imported everything once."""
 
 import contextlib
+import importlib.util
 import multiprocessing
 import os
 import signal
@@ -15,7 +16,9 @@ CONTEXT.set_forkserver_preload(["jsae_lightning.building", "datasets", "transfor
 TIME_LIMIT = 240.0
 
 
-TOY_LENGTHS = [  # 24 steps of 64 tokens, blocks of 5 batches, evaluation every 7 steps, a checkpoint every 4
+# 24 steps of 64 tokens, blocks of 5 batches, evaluation every 7 steps, a checkpoint every 4. To draw the heat maps of
+# more than one token would take a quarter of the time.
+TOY_LENGTHS = [
     "data.train_tokens=1536",
     "data.batch_tokens=64",
     "data.buffer_batches=5",
@@ -23,6 +26,7 @@ TOY_LENGTHS = [  # 24 steps of 64 tokens, blocks of 5 batches, evaluation every 
     "sae.dead_after_tokens=200",
     "eval.every_n_steps=7",
     "eval.jacobian_tokens=32",
+    "callbacks.jacobian_histograms.num_heatmap_tokens=1",
     "checkpoint.every_n_steps=4",
     "checkpoint.every_minutes=null",
     "trainer.accelerator=cpu",
@@ -59,17 +63,20 @@ def write_documents(path: Path, documents: int = 400) -> Path:
 
 
 def start(
-    overrides: list[str], *, output: Path, fault: Callable[[], None] | None = None
+    overrides: list[str], *, output: Path, fault: Callable[[], None] | None = None, **changes: str
 ) -> multiprocessing.process.BaseProcess:
-    """Begin to train in a child process, after `fault()` if given; what it prints is added to a file."""
-    process = CONTEXT.Process(target=_child, args=(overrides, output, fault))
+    """Begin to train in a child process, after `fault()` if given; what it prints is added to a file.
+
+    `changes` are of its environment, for what is read there from now on: everything has been imported already.
+    """
+    process = CONTEXT.Process(target=_child, args=(overrides, output, fault, changes))
     process.start()
     return process
 
 
-def train(overrides: list[str], *, output: Path, fault: Callable[[], None] | None = None) -> int:
-    """Train in a child process, after `fault()` if given; return its exit code (negative: the signal that ended it)."""
-    process = start(overrides, output=output, fault=fault)
+def train(overrides: list[str], *, output: Path, fault: Callable[[], None] | None = None, **changes: str) -> int:
+    """Train as `start` does; return the child's exit code (negative: the signal that ended it)."""
+    process = start(overrides, output=output, fault=fault, **changes)
     process.join(TIME_LIMIT)
     if process.is_alive():
         process.kill()
@@ -79,11 +86,14 @@ def train(overrides: list[str], *, output: Path, fault: Callable[[], None] | Non
     return process.exitcode
 
 
-def _child(overrides: list[str], output: Path, fault: Callable[[], None] | None) -> None:
+def _child(overrides: list[str], output: Path, fault: Callable[[], None] | None, changes: dict[str, str]) -> None:
     log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.argv = ["jsae-train", *overrides]
+    # Other ranks are started as this process seems to have been: python -m jsae_lightning.train
+    sys.modules["__main__"].__spec__ = importlib.util.find_spec("jsae_lightning.train")
+    os.environ.update(environment(**changes))
     from jsae_lightning.train import main
 
     if fault is not None:

@@ -21,7 +21,7 @@ from jsae_lightning.block_maker import BlockGeometry
 from jsae_lightning.cache_files import DamagedFileError, locked, read_shard, write_shard
 from jsae_lightning.data import ActivationDataModule
 from jsae_lightning.errors import UserError
-from running import command, kill_self, run, toy_overrides, train, write_documents
+from running import kill_self, toy_overrides, train, write_documents
 from test_activation_buffer import NUM_SHARDS, FakeModel, loader, shuffled, streamed
 from test_resume import FAULTS
 from tiny_models import make_model_dir
@@ -499,7 +499,7 @@ def test_two_ranks_with_a_cache_equal_two_ranks_without(material, tmp_path):
     ranks = ["trainer=ddp", "trainer.accelerator=cpu", "data.train_tokens=512"]
     for name, cache in (("cached", tmp_path / "cache"), ("uncached", "null")):
         overrides = [*toy_overrides(*material, tmp_path / name), *ranks, f"data.cache_dir={cache}"]
-        assert run(command(overrides), output=output) == 0, output.read_text()
+        assert train(overrides, output=output) == 0, output.read_text()
     assert_same_run(tmp_path / "cached", tmp_path / "uncached")
     assert "0 shard files read, 8 written" in (tmp_path / "cached" / "train.log").read_text()
     assert len(files(tmp_path / "cache")) == 16

@@ -132,3 +132,28 @@ def test_an_abandoned_read_does_not_move_the_stream():
     assert reader.read(60) == list(range(60))
     time.sleep(0.1)
     assert reader.read(60) == list(range(60, ROWS))
+
+
+def test_a_thread_that_has_no_connection_yet_opens_the_stream(monkeypatch):
+    """`datasets` keeps a table of connections, one for each thread, in every stream; a copy may add to it."""
+    from datasets import IterableDataset
+    from huggingface_hub import HfFileSystem
+
+    monkeypatch.setattr(HfFileSystem, "_cache", {})
+    connected, done = threading.Event(), threading.Event()
+
+    def connect():
+        HfFileSystem(endpoint="http://127.0.0.1:1")
+        connected.set()
+        done.wait(60)  # while this thread lives no other has its number
+
+    thread = threading.Thread(target=connect)
+    thread.start()
+    connected.wait(60)
+    try:
+        stream = IterableDataset.from_generator(lambda: ({"row": n} for n in range(3)))
+        assert HfFileSystem._cache in list(vars(stream).values())
+        assert StreamReader(stream, Patience(), "the stream").read(5) == [{"row": 0}, {"row": 1}, {"row": 2}]
+    finally:
+        done.set()
+        thread.join()

@@ -44,7 +44,7 @@ def one_rank(tmp_path_factory):
 def two_ranks(one_rank, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two_ranks")
     recorder = ["+callbacks.buckets._target_=faults.RecordBuckets", f"+callbacks.buckets.folder={folder}"]
-    code = run(command([*overrides(one_rank[0], folder / "run"), *recorder]), output=folder / "output")
+    code = train([*overrides(one_rank[0], folder / "run"), *recorder], output=folder / "output")
     assert code == 0, (folder / "output").read_text()
     return folder
 
@@ -87,7 +87,7 @@ def test_accumulated_micro_batches_equal_one_batch(one_rank, tmp_path):
 def interrupted(material, tmp_path: Path, kill: str) -> tuple[str, Path]:
     """Train on two ranks until `kill` happens; return what was printed, and the run's folder."""
     found, output = tmp_path / "run", tmp_path / "output"
-    code = run(command(overrides(material, found)), output=output, JSAE_TEST_KILL=kill)
+    code = train(overrides(material, found), output=output, JSAE_TEST_KILL=kill)
     assert code != 0, output.read_text()
     assert time.time() - (found / "checkpoints" / "last.ckpt").stat().st_mtime < 60  # saved a step before the kill
     return output.read_text(), found
@@ -101,7 +101,7 @@ def test_killed_ranks_end_the_run_and_it_resumes_exactly(kill, one_rank, two_ran
     if (rank := kill[0]) != "a":
         assert f"error: rank {rank} is gone" in said and "ckpt_path=auto" in said
     output = tmp_path / "resumed"
-    assert run(command(["ckpt_path=auto", f"hydra.run.dir={found}"]), output=output) == 0, output.read_text()
+    assert train(["ckpt_path=auto", f"hydra.run.dir={found}"], output=output) == 0, output.read_text()
     assert "going on from step 12" in output.read_text()
     assert_same_run(found, two_ranks / "run")
 

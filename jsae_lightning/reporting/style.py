@@ -168,11 +168,16 @@ def _without_repeated_ids(svg: str) -> str:
 
 
 def _save(figure: "Figure", kind: str) -> bytes:
+    """Print by the canvas itself: `Figure.savefig` would draw everything once more before."""
     from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     file = BytesIO()
-    metadata = {"Date": None} if kind == "svg" else {"Software": None}
     settings: Any = {**_SETTINGS, "svg.hashsalt": "report"}
     with rc_context(settings):
-        figure.savefig(file, format=kind, dpi=144, metadata=metadata)
+        if kind == "svg":
+            FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
+        else:
+            FigureCanvasAgg(figure).print_png(file, metadata={"Software": None})
     return file.getvalue()
