@@ -165,13 +165,16 @@ def recorded_attempt(folder: Path) -> Iterator[AttemptRecord]:
 def add_ended_attempt(folder: Path, *, pid: int, seconds: float, exit_code: int, message: str) -> None:
     """Note the end of an attempt on behalf of a process `pid` that could not: it was killed, or never got so far.
 
-    Does nothing while another process trains in the folder, whose status it is then.
+    Does nothing while another process trains in the folder, whose status it is then, nor for a start that was refused
+    in the folder of a finished run.
     """
     if is_locked(folder):
         return
     status = read_status(folder) or RunStatus("failed", [])
     last = status.attempts[-1] if status.attempts else None
     if last is None or last.pid != pid:
+        if status.status == "finished":
+            return
         last = Attempt(_now(), socket.gethostname(), pid)
         status.attempts.append(last)
     if last.exit_code is None:

@@ -29,8 +29,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from jsae_lightning.atomic_files import atomic_file
 from jsae_lightning.devices import job_environment
+from jsae_lightning.earlier_runs import check_sweep_folder, earlier_run
 from jsae_lightning.errors import UserError
-from jsae_lightning.launch import RECORD, config_flags
+from jsae_lightning.launch import config_flags, exit_codes
 from jsae_lightning.processes import is_restarted
 from jsae_lightning.run_status import add_ended_attempt
 from jsae_lightning.slurm import end_lost_jobs, is_submitit_task
@@ -38,26 +39,35 @@ from jsae_lightning.sweep_progress import JobProgress, last_lines
 
 SWEEP_RECORD = "sweep.json"
 """The file in a sweep's folder that lists the overrides of its jobs."""
+JOB_NUMBER = "${hydra.job.num}"
+"""The name of a job's folder, unless `hydra.sweep.subdir` is changed: then each job looks for itself what is there."""
 CONSOLE = "console.log"
 """The file in a job's folder that holds what its process printed."""
 SWEEP_FOLDER = "JSAESWEEP_FOLDER"  # in the environment, as jobs may run in other processes of a launcher's
-_NOT_OF_THE_RUN = ("hydra.", "ckpt_path", "sweep.")
 
 
 class SweepFolder(Callback):
     """Hydra callback: notes which jobs a sweep has, in `sweep.json` of its folder."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Write the record; sweepers other than Hydra's basic one choose their jobs on the way, so it has none."""
+        """Write the record; sweepers other than Hydra's basic one choose their jobs on the way, so it has none.
+
+        Ends the process, with nothing written, if the folder holds runs that the sweep may not touch.
+        """
         folder = Path(config.hydra.sweep.dir).absolute()
-        os.environ[SWEEP_FOLDER] = str(folder)
-        launcher = config.hydra.launcher
-        if "SlurmLauncher" in launcher._target_:
-            end_lost_jobs(folder, launcher.nodes * launcher.tasks_per_node)
         try:
             jobs = list_jobs(config) if "BasicSweeper" in config.hydra.sweeper._target_ else []
         except HydraException:  # glob(...) is known to the sweeper only
             jobs = []
+        patterns = OmegaConf.to_container(config.hydra.sweep)
+        assert isinstance(patterns, dict)
+        if patterns["subdir"] == JOB_NUMBER:
+            with exit_codes("jsae-train"):  # Hydra makes warnings of a callback's errors
+                check_sweep_folder(folder, jobs, resume=config.sweep.resume)
+        os.environ[SWEEP_FOLDER] = str(folder)
+        launcher = config.hydra.launcher
+        if "SlurmLauncher" in launcher._target_:
+            end_lost_jobs(folder, launcher.nodes * launcher.tasks_per_node)
         with atomic_file(folder / SWEEP_RECORD) as temporary:
             temporary.write_text(json.dumps({"jobs": jobs}, indent=1) + "\n", encoding="utf-8")
 
@@ -126,10 +136,11 @@ def enter_slurm_job(cfg: DictConfig) -> float | None:
     """
     job = SweepJob.from_hydra()
     own_job = None if is_restarted() else os.environ.get("SLURM_JOB_ID")
-    found = _earlier_run(job, resume=cfg.sweep.resume or is_restarted(), own_job=own_job)
+    resume = cfg.sweep.resume or is_restarted()
+    found = earlier_run(job.folder, job.overrides, resume=resume, own_job=own_job)
     if found == "finished":
         return read_objective(job.folder / "metrics.json", cfg.objective)
-    if cfg.ckpt_path is None and (cfg.sweep.resume or is_restarted()):  # not by `found`: all ranks must agree
+    if cfg.ckpt_path is None and resume:  # not by `found`: all ranks must agree
         cfg.ckpt_path = "auto"
     return None
 
@@ -148,7 +159,7 @@ def run_sweep_job(cfg: DictConfig) -> float:
     job = SweepJob.from_hydra()
     progress = JobProgress(job.label, job.folder / CONSOLE)
     try:
-        if found := _earlier_run(job, resume=cfg.sweep.resume):
+        if found := earlier_run(job.folder, job.overrides, resume=cfg.sweep.resume):
             if found == "finished":
                 objective = read_objective(job.folder / "metrics.json", cfg.objective)
                 progress.say(f"finished earlier, {cfg.objective} {objective:.6g}")
@@ -205,46 +216,6 @@ def exit_reason(code: int, console: Path) -> str:
     lines = last_lines(console, 1)
     said = lines[0].removeprefix("jsae-train: error: ") if lines else "it printed nothing"
     return f"exit code {code}: {said}"
-
-
-def _earlier_run(job: SweepJob, *, resume: bool, own_job: str | None = None) -> str:
-    """Say what the job's folder holds: "", "finished" or "unfinished".
-
-    "" stands for nothing yet, or for what another rank of Slurm's `own_job` has just noted.
-
-    Raises:
-        UserError: it holds a run and `sweep.resume` is false, or a run with other overrides.
-    """
-    record = job.folder / RECORD
-    if not record.is_file():
-        return ""
-    try:
-        content = json.loads(record.read_text(encoding="utf-8"))
-        earlier = list(content["overrides"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{record}: is damaged ({error}): remove the folder to train the job again") from error
-    if own_job is not None and content.get("slurm_job_id") == own_job:
-        return ""
-    if not resume:
-        raise UserError(
-            f"hydra.sweep.dir: {job.folder} holds a run already: go on with the sweep by sweep.resume=true, "
-            "or choose another folder"
-        )
-    if (was := _of_the_run(earlier)) != (wanted := _of_the_run(job.overrides)):
-        changed = sorted(set(was) ^ set(wanted))
-        raise UserError(
-            f"sweep.resume: {job.folder} holds a run with other overrides (differing in {', '.join(changed)}): repeat "
-            "the sweep as it was, or choose another hydra.sweep.dir"
-        )
-    try:
-        metrics = json.loads((job.folder / "metrics.json").read_text(encoding="utf-8"))
-        return "finished" if metrics["run/status"] == "finished" else "unfinished"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "unfinished"
-
-
-def _of_the_run(overrides: list[str]) -> list[str]:
-    return [override for override in overrides if not override.lstrip("+~").startswith(_NOT_OF_THE_RUN)]
 
 
 def read_objective(path: Path, name: str) -> float:

@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from jsae_lightning import devices, sweeps
+from jsae_lightning.earlier_runs import check_sweep_folder, earlier_run
 from jsae_lightning.errors import UserError
 from jsae_lightning.run_status import (
     add_ended_attempt,
@@ -70,19 +71,34 @@ def test_a_job_that_fails_does_not_stop_the_others_and_a_repeated_sweep_skips_wh
     assert before == {n: (sweep / n / "metrics.json").stat().st_mtime_ns for n in "02"}
 
     # Without sweep.resume, or with other values, nothing that is there is touched.
-    assert train(arguments, output=again) == 2
-    assert "holds a run already: go on with the sweep by sweep.resume=true" in again.read_text()
+    before = {path: path.stat().st_mtime_ns for path in sweep.rglob("*")}
+    refused = tmp_path / "refused"
+    assert train(arguments, output=refused) == 2
     other = [o if not o.startswith("sae.k") else "sae.k=3,4" for o in arguments[:-1]]
-    assert train([*other, "sweep.resume=true", "-m"], output=again) == 2
-    assert "holds a run with other overrides (differing in sae.k=2, sae.k=3)" in again.read_text()
-    assert before == {n: (sweep / n / "metrics.json").stat().st_mtime_ns for n in "02"}
+    assert train([*other, "sweep.resume=true", "-m"], output=refused) == 2
+    assert refused.read_text().splitlines() == [
+        f"jsae-train: error: hydra.sweep.dir: {sweep}/0 holds a run already: "
+        "go on with the sweep by sweep.resume=true, or choose another folder",
+        f"jsae-train: error: sweep.resume: {sweep}/0 holds a run with other overrides (differing in sae.k=2, sae.k=3): "
+        "repeat the sweep as it was, or choose another hydra.sweep.dir",
+    ]
+    assert before == {path: path.stat().st_mtime_ns for path in sweep.rglob("*")}
+    assert states(sweep) == ["finished", "failed", "finished"]
+
+    # So it is where jobs name their folders themselves and look there on their own; Hydra's files are written before.
+    subdir = [*arguments[:-1], "hydra.sweep.subdir=./${hydra.job.num}", "-m"]
+    assert train(subdir, output=refused) == 2
+    assert refused.read_text().count("holds a run already") == 3
+    assert states(sweep) == ["finished", "failed", "finished"]
 
 
 @pytest.mark.slow
 def test_a_killed_rank_ends_its_job_only_and_the_repeated_sweep_resumes_it(material, tmp_path):
+    """The second job is one rank, and has none that could be killed."""
     sweep, output = tmp_path / "sweep", tmp_path / "output"
-    ranks = ["trainer=ddp", "trainer.accelerator=cpu", "+callbacks.fault._target_=faults.KillSelf"]
-    arguments = [*overrides(material, sweep, "trainer.acc"), *ranks, "+callbacks.fault.kill='1:6',''", "-m"]
+    ranks = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2,1"]
+    fault = ["+callbacks.fault._target_=faults.KillSelf", "+callbacks.fault.kill='1:6'"]
+    arguments = [*overrides(material, sweep, "trainer.acc"), *ranks, *fault, "-m"]
     assert run(command(arguments), output=output) == 1
     said = output.read_text()
     assert states(sweep) == ["failed", "finished"]
@@ -92,7 +108,7 @@ def test_a_killed_rank_ends_its_job_only_and_the_repeated_sweep_resumes_it(mater
     assert states(sweep) == ["finished", "finished"]
     assert "going on from step 4" in (sweep / "0" / "console.log").read_text()
     metrics = [json.loads((sweep / n / "metrics.json").read_text()) for n in "01"]
-    assert metrics[0]["val/loss"] == metrics[1]["val/loss"]
+    assert metrics[0]["val/loss"] == pytest.approx(metrics[1]["val/loss"], rel=1e-5)
 
 
 @pytest.mark.slow
@@ -324,10 +340,20 @@ def test_a_run_on_another_machine_is_not_called_killed(tmp_path):
 
 @pytest.mark.parametrize("content", ["[]", '{"run/status": 3}', "{half"])
 def test_a_damaged_job_is_trained_on_not_fatal_to_the_sweep(content, tmp_path):
-    (tmp_path / "arguments.json").write_text('{"overrides": ["sae.k=2"]}')
-    (tmp_path / "metrics.json").write_text(content)
-    job = sweeps.SweepJob(0, 1, tmp_path, ["sae.k=2", "sweep.resume=true"], [])
-    assert sweeps._earlier_run(job, resume=True) == "unfinished"
-    (tmp_path / "arguments.json").write_text('{"overrides": null}')
+    folder, overrides = tmp_path / "0", ["sae.k=2", "sweep.resume=true"]
+    folder.mkdir()
+    (folder / "arguments.json").write_text('{"overrides": ["sae.k=2"]}')
+    (folder / "metrics.json").write_text(content)
+    assert earlier_run(folder, overrides, resume=True) == "unfinished"
+    (folder / "arguments.json").write_text('{"overrides": null}')
     with pytest.raises(UserError, match="is damaged"):
-        sweeps._earlier_run(job, resume=True)
+        earlier_run(folder, overrides, resume=True)
+    check_sweep_folder(tmp_path, [overrides], resume=True)
+
+
+def test_what_a_refused_start_says_of_a_finished_job_is_not_noted(tmp_path):
+    with recorded_attempt(tmp_path):
+        pass
+    before = (tmp_path / "status.json").read_text()
+    add_ended_attempt(tmp_path, pid=1, seconds=0.0, exit_code=2, message="holds a run already")
+    assert (tmp_path / "status.json").read_text() == before
