@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ from jsae_lightning.evaluate_config import (
     settings,
 )
 from jsae_lightning.help import eval_help_text
+from jsae_lightning.lasting_imports import lasting_imports
 from jsae_lightning.launch import exit_codes
 from jsae_lightning.processes import is_rank_zero
 
@@ -50,6 +52,8 @@ def main() -> None:
         return
     with exit_codes(PROGRAM), _ranks():
         given = _arguments(sys.argv[1:])
+        with lasting_imports():
+            import_module("jsae_lightning.evaluation_setup")
         if given.compare:
             from jsae_lightning.comparison_files import compare_folders
 

@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 
 from jsae_lightning.config import check_architecture, check_config, config_dir, register
 from jsae_lightning.help import help_text
+from jsae_lightning.lasting_imports import lasting_imports
 from jsae_lightning.launch import exit_codes, hydra_record_kept, record_arguments, resumed_arguments
 from jsae_lightning.processes import agree_on_start_time, end_with_parent, is_rank_zero, is_restarted
 from jsae_lightning.run_status import AttemptRecord, locked_folder, recorded_attempt
@@ -93,7 +94,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
 def fit(cfg: DictConfig, attempt: AttemptRecord | None) -> dict[str, float]:
     """Train, on this rank."""
-    from jsae_lightning.building import build_experiment
+    with lasting_imports():
+        from jsae_lightning.building import build_experiment
 
     experiment = build_experiment(cfg, on_lost_rank=lambda message: attempt.end(1, message) if attempt else None)
     if attempt is not None:

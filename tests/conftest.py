@@ -1,5 +1,6 @@
 """Shared fixtures: small random pairs and MLPs, nothing from the network."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -8,6 +9,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share two cores
 
 import torch
 
+gc.disable()  # while everything else is imported; `lasting_imports` is not used, for its package must come later
+
 # Triton decides when it is imported, which lightning does. On a GPU its kernels are compiled: test_cuda_kernels.py.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_finish() -> None:
+    """All modules have been imported."""
+    gc.freeze()
+    gc.enable()

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["jsae_lightning.building", "datasets", "transformer_lens", "running"])
+CONTEXT.set_forkserver_preload(["preload"])
 TIME_LIMIT = 240.0
 
 
