@@ -14,7 +14,8 @@ from torch import Tensor
 
 from jsae_lightning.activation_cache import ActivationCache
 from jsae_lightning.errors import UserError
-from jsae_lightning.sequence_sources import SequenceSource, seeded_generator
+from jsae_lightning.seeding import seeded_generator
+from jsae_lightning.sequence_sources import SequenceSource
 
 log = logging.getLogger(__name__)
 

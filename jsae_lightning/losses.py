@@ -82,7 +82,9 @@ def pair_losses(
     with torch.set_grad_enabled(penalty_gradient and torch.is_grad_enabled()):
         latents_out = second.latents
         if not needs_slopes_at_x:
-            reconstructed_out, slopes = mlp.forward_with_slopes(linearization_point(pair, mlp_in, first.latents, at))
+            point = linearization_point(pair, mlp_in, first.latents, at)
+            with torch.autocast(mlp_in.device.type, enabled=False):
+                reconstructed_out, slopes = mlp.forward_with_slopes(point)
             latents_out = pair.output_sae.encode(reconstructed_out)
         value = penalty(jacobian_from_latents(pair, mlp, slopes, first.latents, latents_out))
     return PairLosses(first, second, value)

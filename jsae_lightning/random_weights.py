@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from jsae_lightning.seeding import seeded_generator
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -18,10 +20,10 @@ def redraw_matrices(model: nn.Module, *, d_model: int, seed: int) -> None:
         W ~ N(0, (0.8 / sqrt(d_model))^2)          for parameters of two dimensions or more, embeddings included
 
     The paper's "randomised LLM" of Farnik et al. (arXiv 2502.18147). Drawn in float32 on the CPU from a generator
-    seeded with `seed`, so that the result depends neither on the device nor on the global random state; tied
-    parameters are drawn once.
+    of its own, so that the result depends neither on the device nor on the global random state, and is unrelated to
+    what an SAE of the same seed begins with; tied parameters are drawn once.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded_generator("random weights", seed)
     for parameter in model.parameters():  # yields tied parameters once
         if parameter.ndim >= 2:
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from jsae_lightning.errors import UserError
 from jsae_lightning.packing import Array, Encoder, PackedSequences
+from jsae_lightning.seeding import seeded_generator
 from jsae_lightning.token_sources import BATCH_ROWS, Rows, document_digest, quiet_datasets
 
 MAX_ROWS_OF_A_DOCUMENT = 64
@@ -36,12 +37,6 @@ class SequenceSource(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there; an empty state stands for the beginning."""
-
-
-def seeded_generator(*parts: str | int) -> torch.Generator:
-    """A CPU generator whose seed is a hash of `parts`, so that nearby numbers give unrelated streams."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 class ShuffledSequences:

@@ -6,6 +6,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from factories import make_mlp
+from jsae_lightning.frozen_mlp import FrozenMLP
 from jsae_lightning.jacobians import jacobian
 from jsae_lightning.module import JSAEModule
 from jsae_lightning.schedules import coef_factor, lr_factor
@@ -227,6 +228,19 @@ def test_bf16_autocast_stays_close_to_float32():
         for precision in ("32-true", "bf16-mixed")
     ]
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+@pytest.mark.parametrize("at", ["input", "reconstruction"])
+def test_the_mlp_is_computed_without_autocast(at, monkeypatch):
+    seen, project = [], FrozenMLP._project
+
+    def recorded(self, x, weight, bias):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return project(self, x, weight, bias)
+
+    monkeypatch.setattr(FrozenMLP, "_project", recorded)
+    _fit(_module(2, jacobian={"at": at}), _Data(2), 2, precision="bf16-mixed")
+    assert seen and not any(seen)
 
 
 class _Logged(lightning.Callback):

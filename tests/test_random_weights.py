@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from jsae_lightning.language_model import LanguageModel
+from jsae_lightning.sae import TopKSAE
+from jsae_lightning.seeding import seeded_generator
 from tiny_models import make_model_dir
 
 LAYER = 1
@@ -56,8 +58,17 @@ def test_tied_embeddings_are_redrawn_once_and_stay_tied(folders):
     embedding = model.get_input_embeddings().weight
     assert torch.equal(embedding, model.get_output_embeddings().weight)
     assert embedding.data_ptr() == model.get_output_embeddings().weight.data_ptr()
-    first = torch.randn(embedding.shape, generator=torch.Generator().manual_seed(0)) * (0.8 / 32**0.5)
+    first = torch.randn(embedding.shape, generator=seeded_generator("random weights", 0)) * (0.8 / 32**0.5)
     assert torch.equal(embedding, first)  # the first draw of the seed, not a second one over it
+
+
+def test_what_an_sae_begins_with_is_unrelated_to_a_random_model_of_the_same_seed(folders):
+    """Else a latent would start as a token's embedding, which no SAE finds out of itself."""
+    model = LanguageModel.load(str(folders["gpt_neox"]), layer=LAYER, random_weights=True, seed=0)
+    embedding = model._bridge.original_model.get_input_embeddings().weight
+    sae = TopKSAE(32, len(embedding), 4, generator=torch.Generator().manual_seed(0))  # as training draws it
+    cosines = torch.nn.functional.cosine_similarity(embedding, sae.W_dec, dim=1)
+    assert abs(cosines.mean()) < 0.1
 
 
 def test_full_reinitialisation_needs_no_weights_and_leaves_the_random_state(copy_of, folders):

@@ -8,6 +8,7 @@ import torch
 from data_factories import EOS, NumberTokenizer, tagged_texts
 from jsae_lightning.errors import UserError
 from jsae_lightning.packing import ArrayRows, Encoder, PackedSequences, Packing, make_packing
+from jsae_lightning.seeding import seeded_generator
 from jsae_lightning.sequence_sources import (
     MAX_ROWS_OF_A_DOCUMENT,
     EndOfStreamError,
@@ -16,7 +17,6 @@ from jsae_lightning.sequence_sources import (
     first_sequences,
     probe_stream,
     rows_to_skip,
-    seeded_generator,
 )
 from jsae_lightning.token_sources import Rows, document_digest
 

@@ -16,7 +16,7 @@ from jsae_lightning.fidelity.edge_ranking import RANKINGS, edge_numbers
 from jsae_lightning.fidelity.points import Points, batches, draw_entries, points_at
 from jsae_lightning.held_out import HeldOut
 from jsae_lightning.metrics import Sums, add_sums, with_prefix
-from jsae_lightning.sequence_sources import seeded_generator
+from jsae_lightning.seeding import seeded_generator
 from jsae_lightning.splicing import chunks, splice_at
 
 MAX_SAMPLES = 4000

@@ -42,9 +42,10 @@ def edge_curves(run: Judged, curve: str) -> "Figure":
             linestyle=LINES[number % len(LINES)],
             label=ranking.replace("_", " "),
         )
+    judged_output = "f(x_hat)" if run.evaluation.get("at") == "reconstruction" else "the true output"
     for key, label, line in (
         ("clean", "language model as it is", ":"),
-        ("true", "output SAE on the true output", "-."),
+        ("true", f"output SAE on {judged_output}", "-."),
     ):
         level = run.mean(f"fidelity/{curve}_{key}")
         if level is not None:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from jsae_lightning.sequence_sources import seeded_generator
+from jsae_lightning.seeding import seeded_generator
 from jsae_lightning.synthetic.language_model import SyntheticLanguageModel
 
 DOCUMENTS_AT_ONCE = 256
