@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 from omegaconf import DictConfig, OmegaConf
 
 from jsae_lightning import kernels
@@ -53,6 +54,10 @@ class Experiment:
             logger.log_hyperparams(
                 flatten({key: to_dict(self.cfg[key]) for key in ("model", "data", "sae", "jacobian", "optim")})
             )
+
+    def before_training(self, action: Callable[..., None]) -> None:
+        """Call `action` when the checkpoint, if there is one, was accepted, and there are steps left to be made."""
+        self.trainer.callbacks.append(LambdaCallback(on_train_start=action))  # type: ignore[attr-defined]
 
     def fit(self) -> None:
         """Train, from the checkpoint if there is one."""

@@ -11,7 +11,12 @@ from typing import Any
 from jsae_lightning.errors import UserError
 from jsae_lightning.launch import RECORD
 
-_NOT_OF_THE_RUN = ("hydra.", "ckpt_path", "sweep.")
+_NOT_OF_THE_RUN = (
+    "hydra.", "ckpt_path=", "sweep.", "num_threads=", "trainer=", "trainer.devices=", "trainer.num_nodes=",
+    "trainer.accelerator=", "trainer.strategy=", "trainer.accumulate_grad_batches=", "data.prefetch=",
+    "data.cache_dir=", "logger", "paths.",
+)  # fmt: skip
+"""Overrides that say how to go about a run, or where: it may have been continued alone with others."""
 
 
 def earlier_run(folder: Path, overrides: Sequence[str], *, resume: bool, own_job: str | None = None) -> str:

@@ -131,6 +131,11 @@ def record_arguments(folder: Path) -> None:
         temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
+def is_recorded(folder: Path) -> bool:
+    """Whether `record_arguments` has been called for a folder."""
+    return (folder / RECORD).is_file()
+
+
 @contextmanager
 def hydra_record_kept(arguments: list[str]) -> Iterator[None]:
     """Put the `.hydra/` of a folder that holds a run back as it was if a start is refused there."""

@@ -91,7 +91,7 @@ def _try_lock(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EBADF)
     return True
 
 
@@ -104,15 +104,22 @@ def _is_same_file(descriptor: int, path: Path) -> bool:
 
 
 def is_locked(folder: Path) -> bool:
-    """Say whether a process trains in `folder` now (on this machine, or any that shares locks over the file system)."""
-    try:
-        descriptor = os.open(folder / LOCK, os.O_RDWR)
-    except OSError:
-        return False
-    try:
-        return not _try_lock(descriptor)
-    finally:
-        os.close(descriptor)
+    """Say whether a process trains in `folder` now (on this machine, or any that shares locks over the file system).
+
+    A lock that may not even be opened is taken for one that is held.
+    """
+    for mode in (os.O_RDWR, os.O_RDONLY):  # NFS locks what can be written only; another user's can be read only
+        try:
+            descriptor = os.open(folder / LOCK, mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:
+            continue
+        try:
+            return not _try_lock(descriptor)
+        finally:
+            os.close(descriptor)
+    return True
 
 
 class AttemptRecord:

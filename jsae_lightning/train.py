@@ -12,7 +12,7 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from jsae_lightning.config import check_architecture, check_config, config_dir, register
 from jsae_lightning.help import help_text
 from jsae_lightning.lasting_imports import lasting_imports
-from jsae_lightning.launch import exit_codes, hydra_record_kept, record_arguments, resumed_arguments
+from jsae_lightning.launch import exit_codes, hydra_record_kept, is_recorded, record_arguments, resumed_arguments
 from jsae_lightning.processes import agree_on_start_time, end_with_parent, is_rank_zero, is_restarted
 from jsae_lightning.run_status import AttemptRecord, locked_folder, recorded_attempt
 from jsae_lightning.slurm import check_tasks, is_submitit_task, noted_end
@@ -99,11 +99,23 @@ def fit(cfg: DictConfig, attempt: AttemptRecord | None) -> dict[str, float]:
 
     experiment = build_experiment(cfg, on_lost_rank=lambda message: attempt.end(1, message) if attempt else None)
     if attempt is not None:
-        record_arguments(experiment.folder)
-        attempt.begin()
+        note_start(experiment, attempt)
     experiment.announce()
     experiment.fit()
     return finish(experiment)
+
+
+def note_start(experiment: "Experiment", attempt: AttemptRecord) -> None:
+    """Note what the run was started with: at once, or in the folder of a run only when its checkpoint was accepted."""
+
+    def note(*_: Any) -> None:
+        record_arguments(experiment.folder)
+        attempt.begin()
+
+    if is_recorded(experiment.folder):
+        experiment.before_training(note)
+    else:
+        note()
 
 
 def finish(experiment: "Experiment") -> dict[str, float]:

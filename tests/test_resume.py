@@ -212,6 +212,16 @@ def test_a_mistaken_resume_leaves_the_folder_as_it_was(material, tmp_path):
     assert checkpoint(run)["hyper_parameters"]["sae"]["mse_output_coef"] == 2
     assert checkpoint(run)["global_step"] == 24
 
+    # What only the checkpoint can tell is found out later; it changes no more of a finished run.
+    records = [run / "arguments.json", *sorted((run / ".hydra").iterdir())]
+    before = [path.read_bytes() for path in records]
+    assert train([*resume, "model.layer=0"], output=output) == 2
+    assert train([*resume, "data.context_length=8"], output=output) == 2
+    assert [path.read_bytes() for path in records] == before
+    assert read_status(run).status == "finished"
+    assert train(resume, output=output) == 0, output.read_text()
+    assert [path.read_bytes() for path in records] == before
+
 
 @pytest.mark.parametrize("change", ["model.layer=0", "model.random_weights=true"])
 def test_checkpoint_of_another_mlp_is_refused(change, material, uninterrupted, tmp_path):

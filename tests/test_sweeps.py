@@ -304,6 +304,28 @@ def test_the_lock_of_a_folder_and_the_state_of_a_killed_run(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["status.json"]
 
 
+def test_another_users_run_is_not_called_killed(tmp_path, monkeypatch):
+    """Whose lock may be read only, or not even that."""
+    open_file, allowed = os.open, [os.O_RDONLY]
+
+    def open_as_another(path, flags, *mode):
+        if Path(path).name == ".lock" and flags not in allowed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return open_file(path, flags, *mode)
+
+    with locked_folder(tmp_path), recorded_attempt(tmp_path):
+        content = (tmp_path / "status.json").read_text()
+        monkeypatch.setattr(os, "open", open_as_another)
+        assert read_status(tmp_path).status == "running"
+        allowed.clear()
+        assert read_status(tmp_path).status == "running"
+    allowed.append(os.O_RDONLY)
+    (tmp_path / "status.json").write_text(content)
+    assert read_status(tmp_path).status == "killed"  # its lock is gone
+    (tmp_path / ".lock").write_text("")
+    assert read_status(tmp_path).status == "killed"  # what a killed process leaves
+
+
 def test_a_refused_start_leaves_a_finished_run_finished(tmp_path):
     """What fails after everything was checked does not."""
     for _ in range(2):
@@ -349,6 +371,14 @@ def test_a_damaged_job_is_trained_on_not_fatal_to_the_sweep(content, tmp_path):
     with pytest.raises(UserError, match="is damaged"):
         earlier_run(folder, overrides, resume=True)
     check_sweep_folder(tmp_path, [overrides], resume=True)
+
+
+def test_a_job_that_was_continued_on_other_devices_is_still_that_job(tmp_path):
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "arguments.json").write_text('{"overrides": ["sae.k=2", "trainer=ddp", "num_threads=2"]}')
+    check_sweep_folder(tmp_path, [["sae.k=2", "trainer=cpu", "trainer.devices=1"]], resume=True)
+    with pytest.raises(UserError, match=r"differing in \+data.repeat=true\)"):
+        check_sweep_folder(tmp_path, [["sae.k=2", "+data.repeat=true"]], resume=True)
 
 
 def test_what_a_refused_start_says_of_a_finished_job_is_not_noted(tmp_path):
