@@ -22,6 +22,7 @@ from jsae_lightning.checkpoint import find_checkpoint, read_checkpoint, save_pai
 from jsae_lightning.config import build, jacobian_coef, model_arguments, sae_widths, to_dict
 from jsae_lightning.data import ActivationDataModule
 from jsae_lightning.errors import UserError
+from jsae_lightning.launch import command_to_go_on
 from jsae_lightning.module import JSAEModule
 from jsae_lightning.rank_watch import RankWatch
 from jsae_lightning.summary import final_metrics, print_summary, write_metrics_json
@@ -65,9 +66,8 @@ class Experiment:
             self.trainer.fit(self.module, datamodule=self.data, ckpt_path=self.checkpoint)
         except SystemExit as error:  # how Lightning ends after Ctrl-C and SIGTERM
             log.warning(
-                "interrupted at step %d; go on from the last checkpoint, if any, with: "
-                "jsae-train ckpt_path=auto hydra.run.dir=%s",
-                *(self.trainer.global_step, self.folder),
+                "interrupted at step %d; go on from the last checkpoint, if any, with: %s",
+                *(self.trainer.global_step, command_to_go_on(self.folder)),
             )
             if error.code is None:  # Lightning's for SIGTERM, which would read as success
                 raise SystemExit(128 + signal.SIGTERM) from error

@@ -8,7 +8,6 @@ import argparse
 import difflib
 import os
 import re
-import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import NoReturn
 
 from jsae_lightning.errors import UserError
 from jsae_lightning.job_records import STATUSES, JobRecord, last_log_line, read_job
-from jsae_lightning.launch import exit_codes
+from jsae_lightning.launch import command_to_go_on, exit_codes
 from jsae_lightning.override_values import Cell
 from jsae_lightning.result_files import cell_text, markdown_table, write_results
 from jsae_lightning.result_table import BASE, ResultTable, Row, build_table, sorted_rows
@@ -114,14 +113,8 @@ def resume_command(record: JobRecord) -> str | None:
     if overrides is None:
         return None
     own = [text for text in overrides if not re.match(r"\+*(ckpt_path=|hydra[./])", text)]
-    return shlex.join(["jsae-train", *own, "ckpt_path=auto", f"hydra.run.dir={_hydra_value(str(place.folder))}"])
-
-
-def _hydra_value(text: str) -> str:
-    """Quote a value where Hydra's grammar would read more in it than text."""
-    if re.fullmatch(r"[A-Za-z0-9_./-]+", text):
-        return text
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    alone = [] if place.resumable else ["hydra.mode=RUN"]  # its experiment may say that it is a sweep
+    return command_to_go_on(place.folder, [*own, *alone])
 
 
 def _failure_lines(records: Iterable[JobRecord]) -> list[str]:

@@ -4,9 +4,10 @@ import errno
 import json
 import os
 import re
+import shlex
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +28,16 @@ RECORD = "arguments.json"
 _EXTRAS = {"submitit_slurm": "slurm", "joblib": "parallel"}
 """Launchers that come with an extra of this package."""
 _CONFIG_FLAGS = ("--config-dir", "--config-name", "-cd", "-cn")
+_OPTIONS_WITH_A_VALUE = (
+    *_CONFIG_FLAGS,
+    "--config-path",
+    "-cp",
+    "--cfg",
+    "-c",
+    "--package",
+    "-p",
+    "--experimental-rerun",
+)
 _OTHER_FOLDER = "make it readable and writable, or choose another folder with hydra.run.dir=DIR"
 _FILE_ERRORS = {
     errno.ENOSPC: "free some space; what was saved before is kept",
@@ -139,7 +150,7 @@ def is_recorded(folder: Path) -> bool:
 @contextmanager
 def hydra_record_kept(arguments: list[str]) -> Iterator[None]:
     """Put the `.hydra/` of a folder that holds a run back as it was if a start is refused there."""
-    folder = Path(_given(arguments).get("hydra.run.dir") or os.devnull)
+    folder = Path(_given(options_first(arguments)[1]).get("hydra.run.dir") or os.devnull)
     record = folder / RECORD
     if not record.is_file() or not is_rank_zero():
         yield
@@ -155,10 +166,48 @@ def hydra_record_kept(arguments: list[str]) -> Iterator[None]:
                     temporary.write_bytes(content)
 
 
-def _given(arguments: list[str]) -> dict[str, str]:
+def options_first(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Return the command line's options, each with its value, and its overrides, which Hydra wants in one row."""
+    options: list[str] = []
+    overrides: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if not argument.startswith("-"):
+            overrides.append(argument)
+            continue
+        options.append(argument)
+        if argument in _OPTIONS_WITH_A_VALUE:
+            options += [value for value in [next(rest, None)] if value is not None]
+    return options, overrides
+
+
+def _given(overrides: list[str]) -> dict[str, str]:
     """Return the values of the command line's overrides, of a repeated one the last."""
-    pairs = (argument.split("=", 1) for argument in arguments if "=" in argument)
-    return {key: value.strip("'\"") for key, value in pairs}
+    pairs = (override.split("=", 1) for override in overrides if "=" in override)
+    return {key: _text(value) for key, value in pairs}
+
+
+def _text(value: str) -> str:
+    """Return what Hydra's grammar makes of a value in quotes, the reverse of `quoted`; another stays as it is."""
+    if len(value) < 2 or value[0] != value[-1] or value[0] not in "'\"":
+        return value
+    escaped = re.sub(rf"(\\*)\\{value[0]}", lambda found: found[1][::2] + value[0], value[1:-1])
+    return re.sub(r"\\+$", lambda found: found[0][::2], escaped)
+
+
+def quoted(value: str) -> str:
+    """Quote a value for Hydra's grammar where that would read more in it than text.
+
+    There a backslash is one unless a quote follows, if only after other backslashes.
+    """
+    if re.fullmatch(r"[A-Za-z0-9_./-]*/[A-Za-z0-9_./-]*", value):
+        return value
+    return "'" + re.sub(r"(\\+)$", r"\1\1", re.sub(r"(\\*)'", r"\1\1\'", value)) + "'"
+
+
+def command_to_go_on(folder: Path | str, overrides: Sequence[str] = ()) -> str:
+    """Return the command, for a shell, that goes on with a run from its last checkpoint."""
+    return shlex.join(["jsae-train", *overrides, "ckpt_path=auto", f"hydra.run.dir={quoted(str(folder))}"])
 
 
 def resumed_arguments(arguments: list[str]) -> list[str]:
@@ -167,25 +216,41 @@ def resumed_arguments(arguments: list[str]) -> list[str]:
     `ckpt_path=auto hydra.run.dir=DIR` alone then goes on with the configuration of DIR. A key that is given again
     takes its new value; repeating everything changes nothing.
     """
-    given = _given(arguments)
+    options, overrides = options_first(arguments)
+    given = _given(overrides)
     folder = given.get("hydra.run.dir", "")
     record = Path(folder) / RECORD
-    if given.get("ckpt_path") != "auto" or not folder or not record.is_file():
-        return arguments
+    if given.get("ckpt_path") != "auto" or not folder:
+        return [*options, *overrides]
+    if not record.is_file():
+        if len(overrides) == 2:
+            raise UserError(_nothing_to_resume(Path(folder)))
+        return [*options, *overrides]
     try:
         earlier = json.loads(record.read_text(encoding="utf-8"))
-        flags, overrides = list(earlier["flags"]), list(earlier["overrides"])
+        flags, before = list(earlier["flags"]), list(earlier["overrides"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{record}: is damaged ({error}): remove it and repeat the run's overrides") from error
-    again = {_key(argument) for argument in arguments}
-    kept = [override for override in overrides if _key(override) not in again]
-    if any(argument.startswith(_CONFIG_FLAGS) for argument in arguments):
+    again = {_key(override) for override in overrides}
+    kept = [override for override in before if _key(override) not in again]
+    if any(option.startswith(_CONFIG_FLAGS) for option in options):
         flags = []
-    # Hydra wants all overrides in one row: the earlier ones go before the first of the new.
-    first = next(i for i, argument in enumerate(arguments) if "=" in argument and not argument.startswith("-"))
     # A job of a sweep goes on alone, though its experiment may say that it is a sweep.
     alone = [] if "hydra.mode" in again else ["hydra.mode=RUN"]
-    return [*flags, *arguments[:first], *kept, *alone, *arguments[first:]]
+    return [*flags, *options, *kept, *alone, *overrides]
+
+
+def _nothing_to_resume(folder: Path) -> str:
+    """The command line asks for nothing but to go on: to train the default run instead would be a surprise."""
+    if any((folder / name).exists() for name in ("sweep.json", "multirun.yaml")):
+        return (
+            f"hydra.run.dir: {folder} holds a sweep: give the folder of one of its jobs, or repeat the sweep's command "
+            f"with sweep.resume=true hydra.sweep.dir={quoted(str(folder))}"
+        )
+    return (
+        f"hydra.run.dir: {folder} holds no run that could be gone on with: give a run's folder, or the overrides of "
+        "the run that is to begin there"
+    )
 
 
 def _key(override: str) -> str:

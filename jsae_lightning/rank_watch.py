@@ -17,6 +17,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from jsae_lightning.launch import command_to_go_on
+
 _END, _ERROR, _LOST = b"E", b"X", b"L"
 _CONNECT_TIMEOUT_S = 60.0
 _GRACE_S = 10.0
@@ -100,7 +102,7 @@ class RankWatch(Callback):
                 peer.sendall(_LOST + f"{rank:04d}".encode())
         message = (
             f"rank {rank} is gone (killed, out of memory, or an error of its own above): ending the others; the last "
-            f"checkpoint is kept, go on with: jsae-train ckpt_path=auto hydra.run.dir={self._folder}"
+            f"checkpoint is kept, go on with: {command_to_go_on(self._folder)}"
         )
         with suppress(Exception):
             self._on_lost(message)

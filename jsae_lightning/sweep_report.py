@@ -1,12 +1,14 @@
 """What a sweep ends with: how its jobs ended, what failed and why, how to go on, and the exit code."""
 
 import os
+import shlex
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from jsae_lightning.launch import quoted
 from jsae_lightning.run_status import read_status
 from jsae_lightning.slurm import wait_for_jobs
 from jsae_lightning.sweep_progress import last_lines
@@ -64,8 +66,9 @@ def report(folder: Path) -> tuple[str, int]:
         if last.exit_code != 2:  # then the message is the one line that there is
             lines += [f"    | {line}" for line in last_lines(job / CONSOLE, 5)]
     if codes:
-        lines.append(f"go on: the same command with sweep.resume=true hydra.sweep.dir={folder}")
-    lines.append(f"table: jsae-collect {folder}")
+        place = shlex.quote(f"hydra.sweep.dir={quoted(str(folder))}")
+        lines.append(f"go on: the same command with sweep.resume=true {place}")
+    lines.append(f"table: jsae-collect {shlex.quote(str(folder))}")
     return "\n".join(lines), 0 if not codes else (2 if set(codes) == {2} else 1)
 
 

@@ -31,7 +31,7 @@ from jsae_lightning.atomic_files import atomic_file
 from jsae_lightning.devices import job_environment
 from jsae_lightning.earlier_runs import check_sweep_folder, earlier_run
 from jsae_lightning.errors import UserError
-from jsae_lightning.launch import config_flags, exit_codes
+from jsae_lightning.launch import config_flags, exit_codes, quoted
 from jsae_lightning.processes import is_restarted
 from jsae_lightning.run_status import add_ended_attempt
 from jsae_lightning.slurm import end_lost_jobs, is_submitit_task
@@ -116,9 +116,8 @@ class SweepJob:
 
     def command(self, *, resume: bool) -> list[str]:
         """Return what runs the job."""
-        quoted = str(self.folder).replace("\\", "\\\\").replace("'", "\\'")
         command = [sys.executable, "-m", "jsae_lightning.train", *config_flags(), *self.overrides]
-        return command + ["ckpt_path=auto"] * resume + [f"hydra.run.dir='{quoted}'", "hydra.mode=RUN"]
+        return command + ["ckpt_path=auto"] * resume + [f"hydra.run.dir={quoted(str(self.folder))}", "hydra.mode=RUN"]
 
 
 def is_sweep_job() -> bool:

@@ -154,7 +154,7 @@ def test_job_without_recorded_arguments_needs_its_overrides_again(tmp_path, run)
     (line,) = [line for line in out.splitlines() if line.startswith("job")]
     command = shlex.split(line.split("go on with: ")[1])
     assert command == [
-        *("jsae-train", "sae.k=999", "data.path='x y'", "ckpt_path=auto"),
+        *("jsae-train", "sae.k=999", "data.path='x y'", "hydra.mode=RUN", "ckpt_path=auto"),
         f"hydra.run.dir='{folder}'",
     ]
 
