@@ -200,7 +200,8 @@ def quoted(value: str) -> str:
 
     There a backslash is one unless a quote follows, if only after other backslashes.
     """
-    if re.fullmatch(r"[A-Za-z0-9_./-]*/[A-Za-z0-9_./-]*", value):
+    is_plain = re.fullmatch(r"[A-Za-z0-9_./-]*/[A-Za-z0-9_./-]*|[A-Za-z][A-Za-z0-9_.-]*", value)
+    if is_plain and value.lower() not in ("null", "true", "false", "nan", "inf"):
         return value
     return "'" + re.sub(r"(\\+)$", r"\1\1", re.sub(r"(\\*)'", r"\1\1\'", value)) + "'"
 

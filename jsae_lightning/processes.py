@@ -3,20 +3,26 @@
 Imports torch only where `torchrun` has started this process.
 """
 
+import fcntl
 import os
 import socket
 import sys
+import tempfile
 import threading
 import time
 from datetime import timedelta
+from pathlib import Path
 
 from jsae_lightning.errors import RunError
 
 _PARENT = "JSAE_PARENT"
 _STARTED_AT = "JSAE_STARTED_AT"
+_UNCLAIMED = "JSAE_UNCLAIMED"
 _SECONDS_BETWEEN_LOOKS = 1.0
 _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "JSM_NAMESPACE_RANK")
 _STORE_TIMEOUT_S = 60
+_MAX_WAIT_S = 60
+"""A start that claims to lie further in the future is of a clock that was wrong."""
 
 
 def end_with_parent() -> None:
@@ -60,15 +66,44 @@ def agree_on_start_time() -> None:
     Rank 0 publishes it in the store of torchrun's agent. Ranks that Lightning or a sweep starts inherit it, or are told
     their folder.
     """
-    started_at = repr(time.time())
-    if "TORCHELASTIC_RUN_ID" in os.environ and _STARTED_AT not in os.environ:
-        started_at = _shared(started_at)
-    os.environ.setdefault(_STARTED_AT, started_at)
+    if _STARTED_AT in os.environ:
+        return
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        is_first = os.environ.get("RANK") == "0"
+        os.environ[_STARTED_AT] = _shared(repr(_claimed_time() if is_first else 0.0))
+        return
+    os.environ[_STARTED_AT] = repr(time.time())
+    if is_rank_zero() and "SLURM_PROCID" not in os.environ:  # Slurm's other tasks could not know of a later second
+        os.environ[_UNCLAIMED] = "1"
 
 
 def start_time(pattern: str) -> str:
-    """Return when this run was started, local time in the pattern of `strftime`."""
+    """Return when this run was started, local time in the pattern of `strftime`.
+
+    No two processes of a user on a machine are given the same second: their folders are named by it.
+    """
+    if os.environ.pop(_UNCLAIMED, None):
+        os.environ[_STARTED_AT] = repr(_claimed_time())
     return time.strftime(pattern, time.localtime(float(os.environ.get(_STARTED_AT, time.time()))))
+
+
+def _claimed_time() -> float:
+    """Return the time, in a second that no other process has claimed: wait for the next if one has this."""
+    path = Path(tempfile.gettempdir()) / f"jsae-lightning-last-start-{os.getuid()}"
+    try:
+        with path.open("a+", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            last = file.read().strip()
+            now = time.time()
+            if last.isdecimal() and 0 <= int(last) - int(now) < _MAX_WAIT_S:
+                time.sleep(int(last) + 1 - now)
+                now = time.time()
+            file.truncate(0)
+            file.write(str(int(now)))
+            return now
+    except OSError:  # no place for it: then one second may have two starts
+        return time.time()
 
 
 def is_rank_zero() -> bool:

@@ -3,7 +3,7 @@
 import os
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from jsae_lightning.launch import quoted
 from jsae_lightning.run_status import read_status
 from jsae_lightning.slurm import wait_for_jobs
 from jsae_lightning.sweep_progress import last_lines
-from jsae_lightning.sweeps import CONSOLE, SWEEP_FOLDER, recorded_jobs
+from jsae_lightning.sweeps import CONSOLE, FAILURES, SWEEP_FOLDER, noted_failures, recorded_jobs
 
 
 @dataclass
@@ -34,6 +34,7 @@ class SweepReport:
         if is_slurms:
             wait_for_jobs(Path(folder))
         text, self.exit_code = report(Path(folder))
+        (Path(folder) / FAILURES).unlink(missing_ok=True)
         print(text, flush=True)
         if is_slurms:
             self.exit_code = self.exit_code or 1
@@ -47,6 +48,11 @@ def report(folder: Path) -> tuple[str, int]:
     """
     statuses = {path.parent: read_status(path.parent) for path in sorted(folder.rglob("status.json"), key=_natural)}
     known = {job: status for job, status in statuses.items() if status is not None}
+    for job, (code, message) in noted_failures(folder).items():
+        status = known.get(job)
+        if status is not None and status.status == "finished":  # before this sweep, which asks for something else
+            last = replace(status.attempts[-1], exit_code=code, message=message)
+            known[job] = replace(status, status="failed", attempts=[last])
     counts = {
         state: sum(s.status == state for s in known.values()) for state in ("finished", "running", "failed", "killed")
     }

@@ -41,6 +41,8 @@ SWEEP_RECORD = "sweep.json"
 """The file in a sweep's folder that lists the overrides of its jobs."""
 JOB_NUMBER = "${hydra.job.num}"
 """The name of a job's folder, unless `hydra.sweep.subdir` is changed: then each job looks for itself what is there."""
+FAILURES = ".failures.jsonl"
+"""The file in a sweep's folder that lists the jobs that failed since the sweep was started, until it is reported."""
 CONSOLE = "console.log"
 """The file in a job's folder that holds what its process printed."""
 SWEEP_FOLDER = "JSAESWEEP_FOLDER"  # in the environment, as jobs may run in other processes of a launcher's
@@ -68,6 +70,7 @@ class SweepFolder(Callback):
         launcher = config.hydra.launcher
         if "SlurmLauncher" in launcher._target_:
             end_lost_jobs(folder, launcher.nodes * launcher.tasks_per_node)
+        (folder / FAILURES).unlink(missing_ok=True)
         with atomic_file(folder / SWEEP_RECORD) as temporary:
             temporary.write_text(json.dumps({"jobs": jobs}, indent=1) + "\n", encoding="utf-8")
 
@@ -175,6 +178,7 @@ def run_sweep_job(cfg: DictConfig) -> float:
         code = 2 if isinstance(error, UserError) else 1
         with suppress(Exception):
             add_ended_attempt(job.folder, pid=os.getpid(), seconds=0.0, exit_code=code, message=str(error))
+        _note_failure(job, code, str(error))
         return math.nan
 
 
@@ -197,6 +201,22 @@ def _run(job: SweepJob, cfg: DictConfig, progress: JobProgress, *, resume: bool)
         seconds = time.monotonic() - began
         add_ended_attempt(job.folder, pid=process.pid, seconds=seconds, exit_code=code, message=reason)
     return code
+
+
+def _note_failure(job: SweepJob, code: int, message: str) -> None:
+    """Tell the sweep's report: the status of a run that was finished before does not."""
+    line = json.dumps({"job": str(job.folder), "exit_code": code, "message": message})
+    with suppress(OSError, KeyError), (Path(os.environ[SWEEP_FOLDER]) / FAILURES).open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def noted_failures(sweep: Path) -> dict[Path, tuple[int, str]]:
+    """Return exit code and message of each job that failed in this sweep without a process of its own."""
+    try:
+        lines = [json.loads(line) for line in (sweep / FAILURES).read_text(encoding="utf-8").splitlines()]
+        return {Path(line["job"]): (int(line["exit_code"]), str(line["message"])) for line in lines}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _stop(process: subprocess.Popen) -> None:

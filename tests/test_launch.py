@@ -9,7 +9,22 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from jsae_lightning.errors import UserError
 from jsae_lightning.launch import RECORD, command_to_go_on, options_first, quoted, resumed_arguments
 
-NAMES = ["run", "a b", "it's", "a=b,c", "back\\slash", "\\'", "é [1] {x} $y (z)", "~home", "~", "1.5", "null"]
+NAMES = [
+    "run",
+    "a b",
+    "it's",
+    "a=b,c",
+    "back\\slash",
+    "\\'",
+    "é [1] {x} $y (z)",
+    "~home",
+    "~",
+    "1.5",
+    "1e3",
+    "null",
+    "True",
+    "/a/-b.c",
+]
 
 
 def test_options_come_before_overrides_with_their_values():
@@ -31,6 +46,7 @@ def test_options_come_before_overrides_with_their_values():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_quoted_value_is_text_to_hydra(name):
+    assert name not in ("run", "/a/-b.c") or quoted(name) == name
     assert str(OverridesParser.create().parse_override(f"key={quoted(name)}").value()) == name
 
 
@@ -41,8 +57,10 @@ def record(folder, overrides, flags=()):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_command_that_goes_on_finds_the_folder(name, tmp_path):
-    record(tmp_path / name, ["sae.k=2", "seed=3"], ["--config-dir=own"])
-    (program, *arguments) = shlex.split(command_to_go_on(tmp_path / name, ["seed=4"]))
+    folder = tmp_path / name.lstrip("/")
+    folder.parent.mkdir(exist_ok=True)
+    record(folder, ["sae.k=2", "seed=3"], ["--config-dir=own"])
+    (program, *arguments) = shlex.split(command_to_go_on(folder, ["seed=4"]))
     assert program == "jsae-train"
     expected = ["--config-dir=own", "sae.k=2", "hydra.mode=RUN", *arguments]
     assert resumed_arguments(arguments) == expected

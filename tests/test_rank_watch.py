@@ -139,8 +139,31 @@ def test_the_start_time_is_inherited(monkeypatch):
     first = os.environ["JSAE_STARTED_AT"]
     processes.agree_on_start_time()
     assert os.environ["JSAE_STARTED_AT"] == first
+    monkeypatch.delenv("JSAE_UNCLAIMED", raising=False)
     monkeypatch.setenv("JSAE_STARTED_AT", "0")
     assert processes.start_time("%s") == "0"
+
+
+def test_no_two_starts_have_one_second(monkeypatch, tmp_path):
+    """Whose folders would have one name. A process whose folder is named otherwise waits for nobody."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for name in ("TORCHELASTIC_RUN_ID", *processes._RANKS):
+        monkeypatch.delenv(name, raising=False)
+    seconds = []
+    for _ in range(2):
+        for name in ("JSAE_STARTED_AT", "JSAE_UNCLAIMED"):
+            monkeypatch.delenv(name, raising=False)
+        processes.agree_on_start_time()
+        assert len(list(tmp_path.iterdir())) == bool(seconds)
+        seconds.append(processes.start_time("%s"))
+        assert processes.start_time("%s") == seconds[-1]  # of one start
+    assert int(seconds[1]) > int(seconds[0])
+    (file,) = tmp_path.iterdir()
+    for content in ("", "garbage", str(int(time.time()) + 10**6)):
+        file.write_text(content)
+        assert processes._claimed_time() == pytest.approx(time.time(), abs=0.5)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    assert processes._claimed_time() == pytest.approx(time.time(), abs=0.5)
 
 
 @pytest.mark.parametrize(

@@ -87,8 +87,10 @@ def test_a_job_that_fails_does_not_stop_the_others_and_a_repeated_sweep_skips_wh
 
     # So it is where jobs name their folders themselves and look there on their own; Hydra's files are written before.
     subdir = [*arguments[:-1], "hydra.sweep.subdir=./${hydra.job.num}", "-m"]
+    refused.unlink()
     assert train(subdir, output=refused) == 2
-    assert refused.read_text().count("holds a run already") == 3
+    assert refused.read_text().count("holds a run already") == 2 * 2  # each told at once, and in the report
+    assert "0 finished, 3 failed" in refused.read_text()
     assert states(sweep) == ["finished", "failed", "finished"]
 
 
@@ -204,6 +206,22 @@ def test_the_exit_code_of_a_sweep(codes, expected, tmp_path):
     assert f"{codes.count(0)} finished" in text
     assert ("failed after 0:01:01: why" in text) == bool(expected)
     assert ("| line 8" in text and "| line 3" not in text) == bool(set(codes) - {0, 2})
+
+
+def test_a_job_that_fails_to_use_a_finished_run_is_reported_and_the_run_stays_finished(tmp_path, monkeypatch):
+    monkeypatch.setenv(sweeps.SWEEP_FOLDER, str(tmp_path))
+    for num in range(2):
+        (tmp_path / str(num)).mkdir()
+        with recorded_attempt(tmp_path / str(num)):
+            pass
+    assert report(tmp_path)[1] == 0
+    job = sweeps.SweepJob(1, 2, tmp_path / "1", [], [])
+    sweeps._note_failure(job, 2, "objective: 'val/los' is not in it")
+    text, code = report(tmp_path)
+    assert code == 2 and "1 finished, 1 failed" in text and "1: failed after 0:00:00: objective: 'val/los'" in text
+    assert states(tmp_path) == ["finished", "finished"]
+    (tmp_path / sweeps.FAILURES).write_text("{half")
+    assert report(tmp_path)[1] == 0
 
 
 def test_what_ended_a_process_is_said_in_words(tmp_path):
