@@ -17,7 +17,7 @@ run and the tokens shuffled in the same order as without, so neither the batches
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -57,7 +57,8 @@ class ActivationLoader:
         block_start         batch with which the current block begins
         sequence_position   global position of the current block's first sequence
         source              state of the stream at the block's start, {} for random access
-        seed, fingerprint   must be equal on loading
+        seed, fingerprint, positions
+                            must be equal on loading; the last says which positions are served
         dtype               what the activations were rounded to, by a cache; another one is warned of on loading
         batch_tokens, buffer_batches, num_shards, sequences_per_shard
                             if one differs on loading, training goes on from the block's start in the order of the
@@ -79,6 +80,7 @@ class ActivationLoader:
         seed: int,
         rank: int,
         world_size: int,
+        positions: Mapping[str, bool] | None = None,
         cache: ActivationCache | None = None,
         prefetch: bool = False,
     ) -> None:
@@ -97,12 +99,14 @@ class ActivationLoader:
             seed: of the shuffling within blocks.
             rank: this process.
             world_size: number of processes.
+            positions: the settings that `included` follows, by their keys in `data`.
             cache: where activations are kept and taken from; None: the language model always runs.
             prefetch: make the next block while one is served. `mlp_in` is then called on another thread, and what
                 else runs the language model meanwhile must not disturb it.
         """
         self.geometry, self.num_batches, self.micro_batches = geometry, num_batches, micro_batches
         self._sequences, self._seed, self._cache = sequences, seed, cache
+        self._positions = dict(positions or {})
         self._maker = BlockMaker(
             sequences,
             mlp_in,
@@ -212,6 +216,7 @@ class ActivationLoader:
             "seed": self._seed,
             "fingerprint": self._sequences.fingerprint,
             "dtype": self._dtype,
+            "positions": self._positions,
             **asdict(self.geometry),
         }
 
@@ -219,7 +224,7 @@ class ActivationLoader:
         """Go on after the batch at which `state` was saved, on any number of ranks and micro-batches.
 
         Raises:
-            UserError: the state was saved with another seed or other data.
+            UserError: the state was saved with another seed, other data or other positions.
         """
         if state["seed"] != self._seed:
             raise UserError(
@@ -231,6 +236,12 @@ class ActivationLoader:
                 "data: the training sequences are not those of the checkpoint (other files, packing or tokenizer): "
                 "resume with the data and data.* settings that it was made with"
             )
+        for key, was in state.get("positions", self._positions).items():  # older checkpoints do not say
+            if was != (own := self._positions.get(key)):
+                raise UserError(
+                    f"data.{key}: {str(own).lower()}, but the checkpoint was made with {str(was).lower()}: resume with "
+                    f"data.{key}={str(was).lower()}"
+                )
         if (dtype := state.get("dtype", self._dtype)) != self._dtype:
             log.warning(
                 f"data.cache_dtype: the activations were rounded to {dtype} before the checkpoint, and are now to "

@@ -105,6 +105,10 @@ class Experiment:
                 "mlp_hash": self.module.mlp.weights_hash(),
             },
             "jacobian": dict(self.module.hparams["jacobian"]),
+            "recipe": {
+                **{f"optim.{key}": value for key, value in flatten(to_dict(self.cfg.optim)).items()},
+                **{f"sae.{key}": self.cfg.sae[key] for key in ("mse_output_coef", "auxk_coef", "auxk_k")},
+            },
             "data": to_dict(self.cfg.data),
             "evaluation": {"exclude_first_position": self.cfg.eval.exclude_first_position},
             "tokens_seen": int(self.module.tokens_seen),

@@ -51,6 +51,8 @@ from jsae_lightning.token_tables import pack_table
 log = logging.getLogger(__name__)
 
 MAX_CONTEXT_LENGTH = 2048
+POSITION_KEYS = ("exclude_first_position", "exclude_special_tokens")
+"""Settings that decide which positions are served."""
 _PROBED_SEQUENCES = 256
 _MIN_TOKENS_IN_MEMORY = 2**20
 
@@ -179,6 +181,7 @@ class ActivationDataModule(LightningDataModule):
             seed=self._seed,
             rank=self._rank,
             world_size=self._world_size,
+            positions={key: getattr(self._config, key) for key in POSITION_KEYS},
             cache=self._cache,
             prefetch=self.prefetch,
         )

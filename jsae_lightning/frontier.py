@@ -3,11 +3,13 @@
 jsae-frontier logs/sweeps/DATE                  # frontier.md, frontier.png, frontier.svg in it
 jsae-frontier logs/runs --sparsity jacobian/edges_for_90 --loss 0.02
 
-A run is a point: its sparsity (fewer effective edges are better) and the explained variance that it lost,
+A penalty at a weight is a point: its sparsity (fewer effective edges are better) and the explained variance that it
+lost, means over the runs that differ in their seeds alone,
 
-    lost = max over the two SAEs of  EV(baseline) - EV(run),      baseline: the runs with weight 0, averaged over seeds
+    lost = max over the two SAEs of  EV(baseline) - EV(runs),      baseline: the runs with weight 0
 
-A penalty's frontier are its points that no other of its points beats in both. Between two neighbours it is taken to be
+(with a point for each run, the frontier would be one of the luckiest, and further off the more seeds there are). A
+penalty's frontier are its points that no other of its points beats in both. Between two neighbours it is taken to be
 a straight line, from the baseline on. Of runs that `jsae-eval` has judged, with their edge curves (`eval.parts`
 includes `fidelity`), the frontier also says what area the sparser graph has: a penalty can make J sparser and its
 graph a worse account of the computation.
@@ -16,7 +18,7 @@ graph a worse account of the computation.
 import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,8 +56,8 @@ class Point:
     metrics: dict[str, float]
     """Those of metrics.json, and AREA if there is one."""
     setting: dict[str, Any]
-    """What must be the same for all: the MLP, the widths and k, the tokens seen, where the MLP is linearised, the data,
-    and how much of it was held out."""
+    """What must be the same for all: the MLP, the widths and k, the tokens seen, where the MLP is linearised, the data
+    and how much of it was held out, learning rates and the weights of the other losses."""
 
 
 def frontier(points: Sequence[tuple[float, ...]]) -> list[tuple[float, ...]]:
@@ -105,16 +107,16 @@ def split_baseline(points: Sequence[Point]) -> tuple[dict[str, float], dict[str,
     baseline = [point.metrics for point in points if point.coef == 0]
     if not baseline:
         raise UserError("no run of weight 0 to compare with: add one by jacobian.coef=0 (experiment=baseline/...)")
-    means = {key: sum(run[key] for run in baseline) / len(baseline) for key in baseline[0]}
+    means = _means(baseline, baseline[0])
     others: dict[str, list[Point]] = {}
     for point in sorted((point for point in points if point.coef > 0), key=lambda point: point.coef):
         others.setdefault(point.penalty, []).append(point)
     return means, others
 
 
-def lost(point: Point, baseline: dict[str, float]) -> float:
+def lost(metrics: dict[str, float], baseline: dict[str, float]) -> float:
     """Return the explained variance that a run lost: the larger one of the two SAEs' losses, at least 0."""
-    return max(0.0, *(baseline[key] - point.metrics[key] for key in EXPLAINED_VARIANCE))
+    return max(0.0, *(baseline[key] - metrics[key] for key in EXPLAINED_VARIANCE))
 
 
 def frontier_table(points: Sequence[Point], sparsity: Sequence[str], losses: Sequence[float] = LOSSES) -> str:
@@ -143,9 +145,17 @@ def frontier_table(points: Sequence[Point], sparsity: Sequence[str], losses: Seq
 
 
 def _places(runs: Sequence[Point], baseline: dict[str, float], *keys: str) -> list[tuple[float, ...]]:
-    """Return (lost, the runs' metrics of these keys), the baseline's first."""
+    """Return (lost, the means over seeds of these metrics) of each weight, the baseline's first."""
     first = (0.0, *(baseline[key] for key in keys))
-    return [first, *((lost(run, baseline), *(run.metrics[key] for key in keys)) for run in runs)]
+    by_weight: dict[float, list[dict[str, float]]] = {}
+    for run in runs:
+        by_weight.setdefault(run.coef, []).append(run.metrics)
+    means = [_means(metrics, (*EXPLAINED_VARIANCE, *keys)) for metrics in by_weight.values()]
+    return [first, *((lost(metrics, baseline), *(metrics[key] for key in keys)) for metrics in means)]
+
+
+def _means(runs: Sequence[dict[str, float]], keys: Iterable[str]) -> dict[str, float]:
+    return {key: sum(run[key] for run in runs) / len(runs) for key in keys}
 
 
 def _judged(points: Sequence[Point]) -> bool:
@@ -162,7 +172,7 @@ def points_table(points: Sequence[Point], sparsity: Sequence[str]) -> str:
             point.penalty if point.coef else "none",
             f"{point.coef:g}",
             *(f"{point.metrics[key]:.4f}" for key in EXPLAINED_VARIANCE),
-            f"{lost(point, baseline):.4f}",
+            f"{lost(point.metrics, baseline):.4f}",
             *(f"{point.metrics[key]:.2f}" for key in sparsity),
             *(f"{point.metrics[AREA]:.3f}" for _ in area),
         ]
@@ -231,8 +241,10 @@ def _read_point(folder: Path, name: str) -> Point | None:
         f"{sae}.{key}": config.get(sae, {}).get(key) for sae in ("input_sae", "output_sae") for key in ("d_sae", "k")
     }
     setting["jacobian.at"] = config["jacobian"].get("at", "input")
+    setting["input_sae.subtract_b_dec"] = config.get("input_sae", {}).get("subtract_b_dec")
     data = config.get("data", {})
-    setting |= {f"data.{key}": data.get(key) for key in ("source", "path", "name")}
+    setting |= {f"data.{key}": data.get(key) for key in ("source", "path", "name", "batch_tokens")}
+    setting |= {f"recipe.{key}": value for key, value in (config.get("recipe") or {}).items()}
     setting["held-out tokens"] = _held_out_tokens(folder, data)
     return Point(name, penalty_name(config["jacobian"]), float(config["jacobian"]["coef"]), numbers, setting)
 
@@ -247,13 +259,14 @@ def _area(folder: Path) -> float | None:
 
 def _check_alike(points: Sequence[Point]) -> None:
     """Refuse runs whose explained variance and edges cannot be compared."""
-    first = points[0]
-    for point in points[1:]:
-        for key, value in first.setting.items():
-            if point.setting[key] != value:
+    known: dict[str, tuple[Any, str]] = {}
+    for point in points:
+        for key, value in point.setting.items():  # an older export does not tell its whole recipe
+            other, name = known.setdefault(key, (value, point.name))
+            if value != other:
                 raise UserError(
-                    f"{point.name}: {key} is {point.setting[key]}, but {value} in {first.name}: give folders of "
-                    "runs that share their MLP, widths, k, jacobian.at, data and number of tokens"
+                    f"{point.name}: {key} is {value}, but {other} in {name}: give folders of runs that share their "
+                    "MLP, widths, k, jacobian.at, recipe, data and number of tokens"
                 )
 
 

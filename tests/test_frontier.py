@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 
 import pytest
@@ -54,8 +55,8 @@ def test_what_is_lost_is_the_worse_of_the_two_saes_against_the_mean_baseline():
     ]
     baseline, penalties = split_baseline(points)
     assert baseline["jacobian/effective_edges"] == 102
-    assert lost(points[2], baseline) == pytest.approx(0.06)
-    assert lost(points[3], baseline) == 0
+    assert lost(points[2].metrics, baseline) == pytest.approx(0.06)
+    assert lost(points[3].metrics, baseline) == 0
     assert {name: [run.name for run in runs] for name, runs in penalties.items()} == {"l1": ["c"], "hoyer": ["d"]}
 
 
@@ -132,6 +133,32 @@ def test_the_figure_has_a_panel_for_each_measure_and_one_for_areas(sweep):
     lines = [line.get_xydata().tolist() for line in panels[2].lines]
     assert [[0.0, 0.4], [pytest.approx(0.02), -3.0]] in lines  # from the baseline to the only run of a penalty
     assert panels[2].get_ylim()[0] == -1  # what is worse than that is worse
+
+
+def test_seeds_of_one_weight_are_one_point(sweep):
+    """Else the luckiest of them would be read, and the more of them the better."""
+    for name, ev_out, edges in (("5", 0.77, 20), ("6", 0.79, 30)):
+        shutil.copytree(sweep / "2", sweep / name)
+        (sweep / name / "metrics.json").write_text(json.dumps(_metrics(0.9, ev_out, edges)))
+    points = read_points([sweep])
+    (line,) = [
+        line for line in frontier_table(points, [module.EFFECTIVE], [0.02]).split("\n") if "contribution" in line
+    ]
+    assert [cell.strip() for cell in line.split("|")][2:4] == ["3", "25.0 (4.00x)"]
+    (panel,) = module.frontier_figure(points).axes
+    assert [[0.0, 100.0], [pytest.approx(0.02), 25.0]] in [line.get_xydata().tolist() for line in panel.lines]
+
+
+@pytest.mark.parametrize(("part", "key"), [("recipe", "optim.lr"), ("data", "batch_tokens")])
+def test_runs_of_two_recipes_are_not_mixed(part, key, sweep):
+    for name, value in (("1", 1e-3), ("2", 1e-3), ("3", 2e-3)):  # an older export, "0", does not tell
+        config = sweep / name / "sae_pair" / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {part: {key: value}}))
+        if part == "data":
+            config = sweep / "0" / "sae_pair" / "config.json"
+            config.write_text(json.dumps(json.loads(config.read_text()) | {part: {key: 1e-3}}))
+    with pytest.raises(UserError, match=rf"3: {part}\.{key} is 0\.002, but 0\.001 in"):
+        read_points([sweep])
 
 
 def test_runs_of_two_models_are_not_mixed(sweep):

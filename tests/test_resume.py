@@ -231,6 +231,14 @@ def test_checkpoint_of_another_mlp_is_refused(change, material, uninterrupted, t
     assert "another MLP" in output.read_text().strip().splitlines()[-1]
 
 
+def test_checkpoint_of_other_positions_is_refused(material, uninterrupted, tmp_path):
+    output = tmp_path / "output"
+    change = ["data.exclude_first_position=true", f"ckpt_path={uninterrupted / 'checkpoints' / 'last.ckpt'}"]
+    assert train([*toy_overrides(*material, tmp_path / "run"), *change], output=output) == 2
+    said = output.read_text().strip().splitlines()[-1]
+    assert "data.exclude_first_position: true, but the checkpoint was made with false: resume with" in said
+
+
 def test_best_checkpoint_is_the_best_evaluation(uninterrupted):
     """One `step_*.ckpt`, of the step with the lowest val/loss; nothing half-written beside it."""
     best = min((row for row in rows(uninterrupted) if row["val/loss"]), key=lambda row: float(row["val/loss"]))

@@ -86,8 +86,8 @@ class Throughput(StepCallback):
         self._stopped_at = time.monotonic()
 
     def pause(self, seconds: float) -> None:
-        """Take `seconds` that have just passed out of the throughput."""
-        if self._stopped_at is None:
+        """Take `seconds` that have just passed out of the throughput, if training is going on."""
+        if self._started_at is not None and self._stopped_at is None:
             self._paused_seconds += seconds
 
     def final_metrics(self) -> dict[str, float]:
