@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -177,7 +178,7 @@ def options_first(arguments: list[str]) -> tuple[list[str], list[str]]:
             continue
         options.append(argument)
         if argument in _OPTIONS_WITH_A_VALUE:
-            options += [value for value in [next(rest, None)] if value is not None]
+            options.extend(islice(rest, 1))
     return options, overrides
 
 

@@ -341,5 +341,5 @@ def test_a_real_sweep(tmp_path, run):
     assert all(isinstance(row["val/explained_variance_input"], float) for row in (rows[0], rows[2]))
     _, out, _ = run(folder)
     assert "3 jobs: 2 finished, 1 failed" in out
-    assert "sae.k=999 ckpt_path=auto hydra.run.dir=" in out
+    assert "sae.k=999 hydra.mode=RUN ckpt_path=auto hydra.run.dir=" in out
     assert "val/explained_variance_input" in out.splitlines()[0]
