@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["preload"])
+# What has no path there, such as a module of the tests, is left out without a word.
+CONTEXT.set_forkserver_preload(["jsae_lightning.building", "datasets", "transformer_lens"])
 TIME_LIMIT = 240.0
 
 
