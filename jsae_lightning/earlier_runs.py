@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from jsae_lightning.errors import UserError
-from jsae_lightning.launch import RECORD
+from jsae_lightning.launch import RECORD, is_recorded
 
 _NOT_OF_THE_RUN = (
-    "hydra.", "ckpt_path=", "sweep.", "num_threads=", "trainer=", "trainer.devices=", "trainer.num_nodes=",
+    "hydra.", "ckpt_path=", "sweep.", "num_threads=", "trainer.devices=", "trainer.num_nodes=",
     "trainer.accelerator=", "trainer.strategy=", "trainer.accumulate_grad_batches=", "data.prefetch=",
     "data.cache_dir=", "logger", "paths.",
 )  # fmt: skip
-"""Overrides that say how to go about a run, or where: it may have been continued alone with others."""
+"""Overrides that say how to go about a run, or where: it may have been continued alone with others. Not so `trainer=`,
+which also chooses the precision."""
 
 
 def earlier_run(folder: Path, overrides: Sequence[str], *, resume: bool, own_job: str | None = None) -> str:
@@ -27,7 +28,7 @@ def earlier_run(folder: Path, overrides: Sequence[str], *, resume: bool, own_job
     Raises:
         UserError: it holds a run and `resume` is false, or a run with other overrides; its record is damaged.
     """
-    if not (folder / RECORD).is_file():
+    if not is_recorded(folder):
         return ""
     record = _read_record(folder)
     if own_job is not None and record.get("slurm_job_id") == own_job:
@@ -51,7 +52,7 @@ def check_sweep_folder(sweep: Path, jobs: Sequence[Sequence[str]], *, resume: bo
     """
     for number, overrides in enumerate(jobs):
         folder = sweep / str(number)
-        if not (folder / RECORD).is_file():
+        if not is_recorded(folder):
             continue
         try:
             record = _read_record(folder)

@@ -52,13 +52,13 @@ def main() -> None:
         return
     with exit_codes(PROGRAM), _ranks():
         given = _arguments(sys.argv[1:])
-        with lasting_imports():
-            import_module("jsae_lightning.evaluation_setup")
         if given.compare:
             from jsae_lightning.comparison_files import compare_folders
 
             compare_folders(given.folders, given.overrides, out=given.out, config_dirs=given.config_dirs)
         else:
+            with lasting_imports():
+                import_module("jsae_lightning.evaluation_setup")
             path = evaluate(given.folders[0], given.overrides, out=given.out, config_dirs=given.config_dirs)
             if is_rank_zero():
                 show([path.with_name("eval.md").read_text(encoding="utf-8"), f"results: {path}"])

@@ -13,6 +13,8 @@ from itertools import islice
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -25,6 +27,10 @@ from jsae_lightning.suggestions import BASE, choices_of, keys_of, unknown_choice
 
 RECORD = "arguments.json"
 """The file in a run's folder that says what it was started with."""
+SWEEP_RECORD = "sweep.json"
+"""The file in a sweep's folder that lists the overrides of its jobs."""
+SWEEP_MARKS = (SWEEP_RECORD, "multirun.yaml")
+"""Files, one of which tells a sweep's folder."""
 
 _EXTRAS = {"submitit_slurm": "slurm", "joblib": "parallel"}
 """Launchers that come with an extra of this package."""
@@ -151,9 +157,9 @@ def is_recorded(folder: Path) -> bool:
 @contextmanager
 def hydra_record_kept(arguments: list[str]) -> Iterator[None]:
     """Put the `.hydra/` of a folder that holds a run back as it was if a start is refused there."""
-    folder = Path(_given(options_first(arguments)[1]).get("hydra.run.dir") or os.devnull)
+    folder = Path(_given(options_first(arguments)[1], "hydra.run.dir") or os.devnull)
     record = folder / RECORD
-    if not record.is_file() or not is_rank_zero():
+    if not is_recorded(folder) or not is_rank_zero():
         yield
         return
     before = record.stat().st_mtime_ns
@@ -161,7 +167,7 @@ def hydra_record_kept(arguments: list[str]) -> Iterator[None]:
     try:
         yield
     finally:
-        if record.is_file() and record.stat().st_mtime_ns == before:
+        if is_recorded(folder) and record.stat().st_mtime_ns == before:
             for path, content in contents.items():
                 with atomic_file(path) as temporary:
                     temporary.write_bytes(content)
@@ -182,29 +188,23 @@ def options_first(arguments: list[str]) -> tuple[list[str], list[str]]:
     return options, overrides
 
 
-def _given(overrides: list[str]) -> dict[str, str]:
-    """Return the values of the command line's overrides, of a repeated one the last."""
-    pairs = (override.split("=", 1) for override in overrides if "=" in override)
-    return {key: _text(value) for key, value in pairs}
-
-
-def _text(value: str) -> str:
-    """Return what Hydra's grammar makes of a value in quotes, the reverse of `quoted`; another stays as it is."""
-    if len(value) < 2 or value[0] != value[-1] or value[0] not in "'\"":
-        return value
-    escaped = re.sub(rf"(\\*)\\{value[0]}", lambda found: found[1][::2] + value[0], value[1:-1])
-    return re.sub(r"\\+$", lambda found: found[0][::2], escaped)
+def _given(overrides: list[str], key: str) -> str:
+    """Return what the last override of a key gives, as Hydra's grammar reads it; "" if there is none, or no text."""
+    given = [override for override in overrides if override.startswith(f"{key}=")]
+    if not given:
+        return ""
+    try:
+        return str(OverridesParser.create().parse_override(given[-1]).value() or "")
+    except HydraException:  # told by Hydra itself, soon
+        return ""
 
 
 def quoted(value: str) -> str:
-    """Quote a value for Hydra's grammar where that would read more in it than text.
-
-    There a backslash is one unless a quote follows, if only after other backslashes.
-    """
+    """Quote a value for Hydra's grammar where that would read more in it than text."""
     is_plain = re.fullmatch(r"[A-Za-z0-9_./-]*/[A-Za-z0-9_./-]*|[A-Za-z][A-Za-z0-9_.-]*", value)
     if is_plain and value.lower() not in ("null", "true", "false", "nan", "inf"):
         return value
-    return "'" + re.sub(r"(\\+)$", r"\1\1", re.sub(r"(\\*)'", r"\1\1\'", value)) + "'"
+    return QuotedString(value, Quote.single).with_quotes()
 
 
 def command_to_go_on(folder: Path | str, overrides: Sequence[str] = ()) -> str:
@@ -219,15 +219,14 @@ def resumed_arguments(arguments: list[str]) -> list[str]:
     takes its new value; repeating everything changes nothing.
     """
     options, overrides = options_first(arguments)
-    given = _given(overrides)
-    folder = given.get("hydra.run.dir", "")
-    record = Path(folder) / RECORD
-    if given.get("ckpt_path") != "auto" or not folder:
+    folder = Path(_given(overrides, "hydra.run.dir") or os.devnull)
+    if _given(overrides, "ckpt_path") != "auto" or folder == Path(os.devnull):
         return [*options, *overrides]
-    if not record.is_file():
+    if not is_recorded(folder):
         if len(overrides) == 2:
-            raise UserError(_nothing_to_resume(Path(folder)))
+            raise UserError(_nothing_to_resume(folder))
         return [*options, *overrides]
+    record = folder / RECORD
     try:
         earlier = json.loads(record.read_text(encoding="utf-8"))
         flags, before = list(earlier["flags"]), list(earlier["overrides"])
@@ -244,7 +243,7 @@ def resumed_arguments(arguments: list[str]) -> list[str]:
 
 def _nothing_to_resume(folder: Path) -> str:
     """The command line asks for nothing but to go on: to train the default run instead would be a surprise."""
-    if any((folder / name).exists() for name in ("sweep.json", "multirun.yaml")):
+    if any((folder / name).exists() for name in SWEEP_MARKS):
         return (
             f"hydra.run.dir: {folder} holds a sweep: give the folder of one of its jobs, or repeat the sweep's command "
             f"with sweep.resume=true hydra.sweep.dir={quoted(str(folder))}"

@@ -14,14 +14,12 @@ from typing import Any
 
 import yaml
 
-from jsae_lightning.launch import RECORD
+from jsae_lightning.launch import RECORD, SWEEP_MARKS, SWEEP_RECORD
 from jsae_lightning.run_status import STATUS
-from jsae_lightning.sweeps import SWEEP_RECORD
 
 METRICS = "metrics.json"
 HYDRA_OVERRIDES = ".hydra/overrides.yaml"
 _MARKS = (HYDRA_OVERRIDES, RECORD, STATUS, METRICS)
-_SWEEP_MARKS = (SWEEP_RECORD, "multirun.yaml")
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ def _job_paths(root: Path) -> list[Path]:
             paths.append(folder)
             names.clear()  # a job's folder is large and holds no other job
         names[:] = [name for name in names if not name.startswith(".")]
-    if any((root / mark).exists() for mark in _SWEEP_MARKS):
+    if any((root / mark).exists() for mark in SWEEP_MARKS):
         begun = {path.relative_to(root).parts[0] for path in paths}
         paths += [path for path in direct if path.name.isdecimal() and path.name not in begun]
     return paths

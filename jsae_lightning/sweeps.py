@@ -31,14 +31,12 @@ from jsae_lightning.atomic_files import atomic_file
 from jsae_lightning.devices import job_environment
 from jsae_lightning.earlier_runs import check_sweep_folder, earlier_run
 from jsae_lightning.errors import UserError
-from jsae_lightning.launch import config_flags, exit_codes, quoted
+from jsae_lightning.launch import SWEEP_RECORD, config_flags, exit_codes, quoted
 from jsae_lightning.processes import is_restarted
 from jsae_lightning.run_status import add_ended_attempt
 from jsae_lightning.slurm import end_lost_jobs, is_submitit_task
 from jsae_lightning.sweep_progress import JobProgress, last_lines
 
-SWEEP_RECORD = "sweep.json"
-"""The file in a sweep's folder that lists the overrides of its jobs."""
 JOB_NUMBER = "${hydra.job.num}"
 """The name of a job's folder, unless `hydra.sweep.subdir` is changed: then each job looks for itself what is there."""
 FAILURES = ".failures.jsonl"

@@ -436,6 +436,19 @@ def test_throughput_of_a_resumed_run_counts_both_parts(tmp_path: Path, clock: Ca
     }
 
 
+def test_what_is_paused_outside_training_is_none_of_its_time() -> None:
+    """As the evaluation of a complete run that is resumed once more."""
+    throughput = Throughput()
+    throughput.load_state_dict({"tokens": 96, "seconds": 10.0, "paused_seconds": 4.0})
+    before = throughput.final_metrics()
+    throughput.pause(5.0)
+    assert throughput.final_metrics() == before == {
+        "time/tokens_per_second": 16.0,
+        "time/seconds": 10.0,
+        "time/paused_seconds": 4.0,
+    }  # fmt: skip
+
+
 def progress_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.name == "jsae_lightning.callbacks.progress"]
 

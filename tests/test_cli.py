@@ -134,7 +134,10 @@ def test_own_experiment_from_config_dir_trains(material, tmp_path):
     assert train(arguments, output=output) == 0, output.read_text()
     import json
 
-    assert json.loads((tmp_path / "run" / "sae_pair" / "config.json").read_text())["input_sae"]["k"] == 2
+    exported = json.loads((tmp_path / "run" / "sae_pair" / "config.json").read_text())
+    assert exported["input_sae"]["k"] == 2
+    assert {"optim.lr", "optim.grad_clip", "sae.auxk_coef", "sae.mse_output_coef"} < exported["recipe"].keys()
+    assert (exported["recipe"]["optim.lr"], exported["recipe"]["sae.auxk_coef"]) == (5e-4, 1 / 32)
 
 
 BAD_DATA = {

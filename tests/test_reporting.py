@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -159,6 +160,13 @@ def test_damaged_files_are_named(root, tmp_path, command, damage, message):
     code, _, err = command(folder, "--no-evaluate")
     assert code == 2 and message in err and err.count("\n") == 1
     assert not (folder / "report" / "report.html").exists()
+
+
+@pytest.mark.parametrize(("at", "label"), [("input", "the true output"), ("reconstruction", "f(x_hat)")])
+def test_edge_curves_say_what_the_output_sae_reads(root, at, label):
+    (run,) = read_runs(find_evaluations(root / "run"))
+    figure = figures_fidelity.edge_curves(replace(run, evaluation=run.evaluation | {"at": at}), "edge_ce")
+    assert f"output SAE on {label}" in figure.axes[0].get_legend_handles_labels()[1]
 
 
 def test_mistakes_of_the_command_line(root, tmp_path, command):

@@ -13,14 +13,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from jsae_lightning import devices, sweeps
-from jsae_lightning.earlier_runs import check_sweep_folder, earlier_run
 from jsae_lightning.errors import UserError
-from jsae_lightning.run_status import (
-    add_ended_attempt,
-    locked_folder,
-    read_status,
-    recorded_attempt,
-)
+from jsae_lightning.run_status import add_ended_attempt, read_status, recorded_attempt
 from jsae_lightning.sweep_progress import JobProgress, last_lines
 from jsae_lightning.sweep_report import report
 from running import command, environment, run, toy_overrides, train, wait_for_no_process_in, write_documents
@@ -96,11 +90,9 @@ def test_a_job_that_fails_does_not_stop_the_others_and_a_repeated_sweep_skips_wh
 
 @pytest.mark.slow
 def test_a_killed_rank_ends_its_job_only_and_the_repeated_sweep_resumes_it(material, tmp_path):
-    """The second job is one rank, and has none that could be killed."""
     sweep, output = tmp_path / "sweep", tmp_path / "output"
-    ranks = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2,1"]
-    fault = ["+callbacks.fault._target_=faults.KillSelf", "+callbacks.fault.kill='1:6'"]
-    arguments = [*overrides(material, sweep, "trainer.acc"), *ranks, *fault, "-m"]
+    ranks = ["trainer=ddp", "trainer.accelerator=cpu", "+callbacks.fault._target_=faults.KillSelf"]
+    arguments = [*overrides(material, sweep, "trainer.acc"), *ranks, "+callbacks.fault.kill='1:6',''", "-m"]
     assert run(command(arguments), output=output) == 1
     said = output.read_text()
     assert states(sweep) == ["failed", "finished"]
@@ -110,7 +102,7 @@ def test_a_killed_rank_ends_its_job_only_and_the_repeated_sweep_resumes_it(mater
     assert states(sweep) == ["finished", "finished"]
     assert "going on from step 4" in (sweep / "0" / "console.log").read_text()
     metrics = [json.loads((sweep / n / "metrics.json").read_text()) for n in "01"]
-    assert metrics[0]["val/loss"] == pytest.approx(metrics[1]["val/loss"], rel=1e-5)
+    assert metrics[0]["val/loss"] == metrics[1]["val/loss"]
 
 
 @pytest.mark.slow
@@ -295,113 +287,3 @@ def test_jobs_share_the_cores_and_a_job_alone_has_them_all(hydra, monkeypatch):
     hydra.launcher = {}
     with devices.job_environment(cfg) as environment:
         assert environment == {}
-
-
-# Status
-
-
-def test_the_lock_of_a_folder_and_the_state_of_a_killed_run(tmp_path):
-    from jsae_lightning.errors import RunError
-
-    with locked_folder(tmp_path):
-        with pytest.raises(RunError, match="another process is training in this folder"), locked_folder(tmp_path):
-            pass
-        with pytest.raises(SystemExit), recorded_attempt(tmp_path):
-            assert read_status(tmp_path).status == "running"
-            raise SystemExit(2)
-        assert read_status(tmp_path).status == "failed"
-        with pytest.raises(UserError), recorded_attempt(tmp_path):
-            raise UserError("sae.k: no")
-    status = read_status(tmp_path)
-    assert [(a.exit_code, a.message) for a in status.attempts] == [(2, "interrupted"), (2, "UserError: sae.k: no")]
-    status_file = tmp_path / "status.json"
-    status_file.write_text(status_file.read_text().replace('"failed"', '"running"'))
-    assert read_status(tmp_path).status == "killed"  # nobody holds the lock
-    status_file.write_text("{half")
-    assert read_status(tmp_path) is None
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["status.json"]
-
-
-def test_another_users_run_is_not_called_killed(tmp_path, monkeypatch):
-    """Whose lock may be read only, or not even that."""
-    open_file, allowed = os.open, [os.O_RDONLY]
-
-    def open_as_another(path, flags, *mode):
-        if Path(path).name == ".lock" and flags not in allowed:
-            raise PermissionError(13, "Permission denied", str(path))
-        return open_file(path, flags, *mode)
-
-    with locked_folder(tmp_path), recorded_attempt(tmp_path):
-        content = (tmp_path / "status.json").read_text()
-        monkeypatch.setattr(os, "open", open_as_another)
-        assert read_status(tmp_path).status == "running"
-        allowed.clear()
-        assert read_status(tmp_path).status == "running"
-    allowed.append(os.O_RDONLY)
-    (tmp_path / "status.json").write_text(content)
-    assert read_status(tmp_path).status == "killed"  # its lock is gone
-    (tmp_path / ".lock").write_text("")
-    assert read_status(tmp_path).status == "killed"  # what a killed process leaves
-
-
-def test_a_refused_start_leaves_a_finished_run_finished(tmp_path):
-    """What fails after everything was checked does not."""
-    for _ in range(2):
-        with recorded_attempt(tmp_path) as attempt:
-            attempt.begin()
-        with pytest.raises(UserError), recorded_attempt(tmp_path):
-            raise UserError("sae.k: no")
-        assert read_status(tmp_path).status == "finished"
-    with pytest.raises(UserError), recorded_attempt(tmp_path) as attempt:
-        attempt.begin()
-        raise UserError("train/loss: no number")
-    assert read_status(tmp_path).status == "failed"
-
-
-def test_the_status_of_a_running_run_is_nobody_elses(tmp_path):
-    """Of a second start that was refused nothing is noted."""
-    with locked_folder(tmp_path), recorded_attempt(tmp_path):
-        before = (tmp_path / "status.json").read_text()
-        add_ended_attempt(tmp_path, pid=1, seconds=1.0, exit_code=1, message="refused")
-        assert (tmp_path / "status.json").read_text() == before
-    assert read_status(tmp_path).status == "finished"
-
-
-def test_a_run_on_another_machine_is_not_called_killed(tmp_path):
-    with recorded_attempt(tmp_path):
-        pass
-    path = tmp_path / "status.json"
-    content = json.loads(path.read_text())
-    content["status"] = "running"
-    content["attempts"][0]["host"] = "elsewhere"
-    path.write_text(json.dumps(content))
-    assert read_status(tmp_path).status == "running"
-
-
-@pytest.mark.parametrize("content", ["[]", '{"run/status": 3}', "{half"])
-def test_a_damaged_job_is_trained_on_not_fatal_to_the_sweep(content, tmp_path):
-    folder, overrides = tmp_path / "0", ["sae.k=2", "sweep.resume=true"]
-    folder.mkdir()
-    (folder / "arguments.json").write_text('{"overrides": ["sae.k=2"]}')
-    (folder / "metrics.json").write_text(content)
-    assert earlier_run(folder, overrides, resume=True) == "unfinished"
-    (folder / "arguments.json").write_text('{"overrides": null}')
-    with pytest.raises(UserError, match="is damaged"):
-        earlier_run(folder, overrides, resume=True)
-    check_sweep_folder(tmp_path, [overrides], resume=True)
-
-
-def test_a_job_that_was_continued_on_other_devices_is_still_that_job(tmp_path):
-    (tmp_path / "0").mkdir()
-    (tmp_path / "0" / "arguments.json").write_text('{"overrides": ["sae.k=2", "trainer=ddp", "num_threads=2"]}')
-    check_sweep_folder(tmp_path, [["sae.k=2", "trainer=cpu", "trainer.devices=1"]], resume=True)
-    with pytest.raises(UserError, match=r"differing in \+data.repeat=true\)"):
-        check_sweep_folder(tmp_path, [["sae.k=2", "+data.repeat=true"]], resume=True)
-
-
-def test_what_a_refused_start_says_of_a_finished_job_is_not_noted(tmp_path):
-    with recorded_attempt(tmp_path):
-        pass
-    before = (tmp_path / "status.json").read_text()
-    add_ended_attempt(tmp_path, pid=1, seconds=0.0, exit_code=2, message="holds a run already")
-    assert (tmp_path / "status.json").read_text() == before
