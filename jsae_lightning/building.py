@@ -25,7 +25,7 @@ from jsae_lightning.errors import UserError
 from jsae_lightning.launch import command_to_go_on
 from jsae_lightning.module import JSAEModule
 from jsae_lightning.rank_watch import RankWatch
-from jsae_lightning.summary import final_metrics, print_summary, write_metrics_json
+from jsae_lightning.summary import check_names, final_metrics, print_summary, write_metrics_json
 from jsae_lightning.versions import package_versions
 
 log = logging.getLogger(__name__)
@@ -59,6 +59,10 @@ class Experiment:
     def before_training(self, action: Callable[..., None]) -> None:
         """Call `action` when the checkpoint, if there is one, was accepted, and there are steps left to be made."""
         self.trainer.callbacks.append(LambdaCallback(on_train_start=action))  # type: ignore[attr-defined]
+
+    def check_names(self, *_: Any) -> None:
+        """Raise UserError if a figure that runs or checkpoints shall be chosen by will not exist."""
+        check_names(self.trainer, self.cfg.objective, self.cfg.checkpoint.best_metric)
 
     def fit(self) -> None:
         """Train, from the checkpoint if there is one."""

@@ -101,6 +101,13 @@ def evaluate_pair(
 
 
 @torch.no_grad()
+def metric_names(pair: SAEPair, mlp: FrozenMLP, *, at: str, penalty: EdgePenalty) -> list[str]:
+    """Return the keys that `evaluate_pair(...).metrics` will have; takes no tokens, and evaluates nothing."""
+    with evaluation_mode(pair, mlp), torch.autocast(pair.input_sae.W_enc.device.type, enabled=False):
+        return list(summarize(_zero_sums(pair, mlp, at, penalty), at).metrics)
+
+
+@torch.no_grad()
 def evaluation_sums(
     pair: SAEPair,
     mlp: FrozenMLP,

@@ -238,7 +238,9 @@ def resumed_arguments(arguments: list[str]) -> list[str]:
         flags = []
     # A job of a sweep goes on alone, though its experiment may say that it is a sweep.
     alone = [] if "hydra.mode" in again else ["hydra.mode=RUN"]
-    return [*flags, *options, *kept, *alone, *overrides]
+    before_options, searched = options_first(flags)
+    searched = [override for override in searched if _key(override) not in again]
+    return [*before_options, *options, *searched, *kept, *alone, *overrides]
 
 
 def _nothing_to_resume(folder: Path) -> str:
@@ -260,7 +262,11 @@ def _key(override: str) -> str:
 
 
 def config_flags() -> list[str]:
-    """Repeat `--config-dir` and `--config-name` for another process; the command line's, as Hydra understood it."""
-    runtime, job = HydraConfig.get().runtime, HydraConfig.get().job
-    flags = [f"--config-dir={source.path}" for source in runtime.config_sources if source.provider == "command-line"]
-    return flags + ([f"--config-name={job.config_name}"] if job.config_name not in (None, "train") else [])
+    """Repeat where the command line says that configurations lie, for another process: `--config-dir`, `--config-name`
+    and, after these, `hydra.searchpath`.
+    """  # noqa: D205
+    hydra = HydraConfig.get()
+    sources, name = hydra.runtime.config_sources, hydra.job.config_name
+    flags = [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
+    flags += [f"--config-name={name}"] if name not in (None, "train") else []
+    return flags + [override for override in hydra.overrides.hydra if _key(override) == "hydra.searchpath"]

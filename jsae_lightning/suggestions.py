@@ -33,13 +33,13 @@ _ELSEWHERE = 0.95
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
     """Return the line that refuses a key."""
-    return f"{key}: there is no such key: {_question(closest(key, known))}--cfg job lists all keys"
+    return f"{key}: there is no such key: {did_you_mean(key, known)}--cfg job lists all keys"
 
 
 def unknown_choice(group: str, choice: str, known: Iterable[str]) -> str:
     """Return the line that refuses a group's choice."""
     names = sorted(known)
-    return f"{group}: there is no '{choice}': {_question(closest(choice, names))}the choices are {', '.join(names)}"
+    return f"{group}: there is no '{choice}': {did_you_mean(choice, names)}the choices are {', '.join(names)}"
 
 
 def closest(name: str, known: Iterable[str]) -> list[str]:
@@ -88,7 +88,9 @@ def choices_of(group: Path) -> list[str]:
     return sorted(choice for choice in found if choice != BASE)
 
 
-def _question(suggestions: list[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a question with what is most like `name`, and a space after it; "" where nothing is."""
+    suggestions = closest(name, known)
     return f"did you mean {' or '.join(suggestions)}? " if suggestions else ""
 
 

@@ -3,7 +3,7 @@
 import json
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +14,9 @@ from rich.table import Table
 from jsae_lightning.atomic_files import atomic_file
 from jsae_lightning.callbacks.evaluation import InTrainingEvaluation
 from jsae_lightning.callbacks.throughput import Throughput
+from jsae_lightning.errors import UserError
 from jsae_lightning.module import JSAEModule
+from jsae_lightning.suggestions import did_you_mean
 
 Metrics = Mapping[str, int | float | str | None]
 
@@ -61,6 +63,31 @@ def final_metrics(trainer: Trainer) -> dict[str, Any]:
         "run/tokens_seen": int(cast(JSAEModule, trainer.lightning_module).tokens_seen),
         "run/status": "finished" if trainer.global_step >= trainer.max_steps else "stopped",
     }
+
+
+def check_names(trainer: Trainer, objective: str, best_metric: str | None) -> None:
+    """Raise UserError if a figure that runs or checkpoints shall be chosen by will not exist, before hours go into it.
+
+    Called when the language model has been loaded. Without an evaluation callback nothing is checked: there are no
+    figures then.
+    """
+    module = cast(JSAEModule, trainer.lightning_module)
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    evaluated = [name for c in callbacks if isinstance(c, InTrainingEvaluation) for name in c.metric_names(module)]
+    if not evaluated:
+        return
+    numbers = [name for name, value in final_metrics(trainer).items() if not isinstance(value, str)]
+    _check_name("objective", objective, {*evaluated, *numbers})
+    # A callback of the user's own may log figures of its own; then the first evaluation decides.
+    are_ours = all(type(c).__module__.partition(".")[0] in ("jsae_lightning", "lightning") for c in callbacks)
+    if best_metric is not None and are_ours:
+        _check_name("checkpoint.best_metric", best_metric, evaluated)
+
+
+def _check_name(key: str, name: str, known: Collection[str]) -> None:
+    if name not in known:
+        choices = ", ".join(sorted(known))
+        raise UserError(f"{key}: no figure is named '{name}': {did_you_mean(name, known)}choose one of {choices}")
 
 
 def write_metrics_json(path: str | Path, metrics: Metrics) -> None:

@@ -98,6 +98,7 @@ def fit(cfg: DictConfig, attempt: AttemptRecord | None) -> dict[str, float]:
         from jsae_lightning.building import build_experiment
 
     experiment = build_experiment(cfg, on_lost_rank=lambda message: attempt.end(1, message) if attempt else None)
+    experiment.before_training(experiment.check_names)
     if attempt is not None:
         note_start(experiment, attempt)
     experiment.announce()

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import lightning
 import pytest
@@ -32,6 +32,7 @@ from jsae_lightning.errors import UserError
 from jsae_lightning.figures import jacobian_heat_map, printable, token_title
 from jsae_lightning.loggers import ResumableCSVLogger, ResumableTensorBoardLogger
 from jsae_lightning.module import JSAEModule
+from jsae_lightning.summary import check_names, final_metrics
 
 D_MODEL, D_SAE, K, VOCAB, SEQ = 10, 32, 5, 23, 9
 PNG = jacobian_heat_map(torch.ones(2, 2), title="", label="", limits=(0.1, 1.0))
@@ -233,6 +234,34 @@ def test_val_loss_has_the_final_weights(tmp_path: Path) -> None:
     metrics = callback.last.metrics
     expected = metrics["val/mse_input"] + 2.0 * metrics["val/mse_output"] + 0.5 * metrics["jacobian/mean_abs"]
     assert metrics["val/loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_names_of_what_will_be_evaluated_are_known_before(tmp_path: Path) -> None:
+    callback = evaluation(None)
+    trainer = fit(tmp_path, [callback, Throughput()], steps=1)
+    module = cast(JSAEModule, trainer.lightning_module)
+    assert callback.last is not None and set(callback.metric_names(module)) == set(callback.last.metrics)
+    for name, value in final_metrics(trainer).items():
+        if name != "run/status":
+            assert isinstance(value, float | int)
+            check_names(trainer, name, None)
+    for key, names in {
+        "objective": ("val/los", None),
+        "checkpoint.best_metric": ("time/seconds", "val/los"),
+    }.items():
+        with pytest.raises(
+            UserError, match=f"^{key}: no figure is named 'val/los': did you mean val/loss.* choose one"
+        ):
+            check_names(trainer, *names)
+    with pytest.raises(UserError, match=r"^objective: .*'run/status'"):  # no number
+        check_names(trainer, "run/status", None)
+    with pytest.raises(UserError, match=r"^checkpoint.best_metric: .*'time/seconds'"):  # no figure of an evaluation
+        check_names(trainer, "val/loss", "time/seconds")
+
+
+def test_names_are_not_checked_where_they_cannot_be_known(tmp_path: Path) -> None:
+    check_names(fit(tmp_path / "none", [Throughput()], steps=1), "val/los", "val/los")  # nothing is evaluated
+    check_names(fit(tmp_path / "own", [evaluation(None), StopAt(9)], steps=1), "val/loss", "own/figure")
 
 
 def test_num_sequences_takes_the_first_ones(tmp_path: Path) -> None:

@@ -211,6 +211,14 @@ def _nan_at_10() -> None:
     JSAEModule.training_step = training_step
 
 
+def test_a_misspelt_objective_is_refused_before_the_first_step(material, tmp_path):
+    run, output = tmp_path / "run", tmp_path / "output"
+    assert train([*toy_overrides(*material, run), "objective=val/los"], output=output) == 2
+    last = output.read_text().strip().splitlines()[-1]
+    assert last.startswith("jsae-train: error: objective: no figure is named 'val/los': did you mean val/loss")
+    assert "step 1/" not in output.read_text() and not (run / "checkpoints" / "last.ckpt").exists()
+
+
 def test_disk_full_during_a_save_keeps_the_earlier_checkpoint(material, tmp_path):
     run, output = tmp_path / "run", tmp_path / "output"
     assert train(toy_overrides(*material, run), output=output, fault=_disk_full_at_third_save) == 2

@@ -66,6 +66,15 @@ def test_the_command_that_goes_on_finds_the_folder(name, tmp_path):
     assert resumed_arguments(arguments) == expected
 
 
+def test_where_configurations_lie_is_kept_unless_it_is_given_again(tmp_path):
+    record(tmp_path / "run", ["sae.k=2"], ["--config-dir=own", "hydra.searchpath=[file:///a]"])
+    go_on = ["ckpt_path=auto", f"hydra.run.dir={tmp_path / 'run'}"]
+    kept = ["--config-dir=own", "hydra.searchpath=[file:///a]", "sae.k=2", "hydra.mode=RUN", *go_on]
+    assert resumed_arguments(go_on) == kept
+    other = [*go_on, "hydra.searchpath=[file:///b]"]
+    assert resumed_arguments(other) == ["--config-dir=own", "sae.k=2", "hydra.mode=RUN", *other]
+
+
 def test_to_go_on_with_nothing_is_refused(tmp_path):
     """To train the default run there would be a surprise; with overrides a run may begin, as after a requeue."""
     alone = ["ckpt_path=auto", f"hydra.run.dir={tmp_path}"]

@@ -157,8 +157,12 @@ def test_every_rank_of_torchrun_running_the_sweep_is_refused(material, tmp_path)
 @pytest.mark.slow
 def test_jobs_in_parallel(material, tmp_path):
     sweep, output = tmp_path / "sweep", tmp_path / "output"
-    arguments = command([*overrides(material, sweep), *JOBLIB, "num_threads=null", "seed=0,1", "-m"])
-    assert run(arguments, output=output) == 0, output.read_text()
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    (tmp_path / "own" / "experiment" / "mine.yaml").write_text("# @package _global_\nsae:\n  k: 3\n")
+    own = [f"hydra.searchpath=[file://{tmp_path / 'own'}]", "experiment=mine"]
+    arguments = [*own, *overrides(material, sweep, "experiment", "sae.k"), *JOBLIB, "num_threads=null", "seed=0,1"]
+    assert run(command([*arguments, "-m"]), output=output) == 0, output.read_text()
+    assert [json.loads((sweep / n / "sae_pair" / "config.json").read_text())["input_sae"]["k"] for n in "01"] == [3, 3]
     assert states(sweep) == ["finished", "finished"]
     began = [read_status(sweep / n).attempts[0] for n in "01"]
     assert max(a.started_at for a in began) < min(a.ended_at for a in began)  # they did run at the same time

@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from jsae_lightning.callbacks.steps import StepCallback
 from jsae_lightning.callbacks.throughput import paused
-from jsae_lightning.evaluation import Evaluation, evaluate_pair
+from jsae_lightning.evaluation import Evaluation, evaluate_pair, metric_names
 from jsae_lightning.loggers import log_metrics
 from jsae_lightning.module import JSAEModule
 
@@ -51,6 +51,12 @@ class InTrainingEvaluation(StepCallback):
         self.last: Evaluation | None = None
         self.last_step = -1
         self._logged_step = -1
+
+    @staticmethod
+    def metric_names(module: JSAEModule) -> list[str]:
+        """Return the names of all that will be logged, once the module has its MLP."""
+        assert module.mlp is not None
+        return [*metric_names(module.pair, module.mlp, at=module.jacobian_at, penalty=module.penalty), "val/loss"]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the step of the last evaluation that is in the logs."""
