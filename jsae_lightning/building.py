@@ -22,13 +22,16 @@ from jsae_lightning.checkpoint import find_checkpoint, read_checkpoint, save_pai
 from jsae_lightning.config import build, jacobian_coef, model_arguments, sae_widths, to_dict
 from jsae_lightning.data import ActivationDataModule
 from jsae_lightning.errors import UserError
-from jsae_lightning.launch import command_to_go_on
+from jsae_lightning.launch import command_to_go_on, has_checkpoint
 from jsae_lightning.module import JSAEModule
 from jsae_lightning.rank_watch import RankWatch
 from jsae_lightning.summary import check_names, final_metrics, print_summary, write_metrics_json
 from jsae_lightning.versions import package_versions
 
 log = logging.getLogger(__name__)
+
+RESULTS = ("sae_pair", "metrics.json")
+"""What a run leaves in its folder at its end."""
 
 
 @dataclass
@@ -50,6 +53,8 @@ class Experiment:
         """Log what is about to happen and record the configuration with the loggers."""
         log.info("run folder: %s", self.folder)
         for logger in self.trainer.loggers:
+            if not has_checkpoint(self.folder) and hasattr(logger, "truncate_after"):
+                logger.truncate_after(-1)  # of an attempt before the first checkpoint, maybe with other settings
             if hasattr(logger, "log_config"):
                 logger.log_config(OmegaConf.to_yaml(self.cfg, resolve=True))
             logger.log_hyperparams(
@@ -83,7 +88,7 @@ class Experiment:
 
     def export(self) -> None:
         """Write the pair to `sae_pair/`."""
-        for name in ("sae_pair", "metrics.json"):  # not those of an evaluation of the run, which may be going on
+        for name in RESULTS:  # not those of an evaluation of the run, which may be going on
             remove_leftovers(self.folder, name)
         save_pair(self.module.pair, self.folder / "sae_pair", metadata=self._metadata())
 
@@ -216,7 +221,13 @@ def build_memory_estimate(cfg: DictConfig) -> MemoryEstimate:
 
 def choose_checkpoint(cfg: DictConfig) -> Path | None:
     """Return the checkpoint that `ckpt_path` stands for."""
-    found = find_checkpoint(Path(cfg.paths.output_dir))
+    folder = Path(cfg.paths.output_dir)
+    found = find_checkpoint(folder)
+    if found is None and (results := next((n for n in RESULTS if (folder / n).exists()), None)):
+        raise UserError(
+            f"hydra.run.dir: {folder} holds {results} of a run, but no checkpoint that could be gone on from: choose "
+            "another folder, or move this one away"
+        )
     if cfg.ckpt_path == "auto":
         return found
     if found is not None and Path(cfg.ckpt_path or "") != found:

@@ -1,5 +1,6 @@
 """Saving and loading: the exported pair (safetensors, no pickle) and the training checkpoint."""
 
+import copy
 import json
 import pickle
 import zipfile
@@ -209,7 +210,18 @@ def load_run(folder: str | Path, *, device: str | torch.device = "cpu") -> Run:
         synthetic=model.get("synthetic"),  # absent from exports of versions that had none
     )
     check_mlp_hash(mlp, model)
-    return Run(load_pair(export, device=device), mlp.to(device), config, folder)
+    return Run(*in_one_precision(load_pair(export, device=device), mlp.to(device)), config, folder)
+
+
+def in_one_precision(pair: SAEPair, mlp: FrozenMLP) -> tuple[SAEPair, FrozenMLP]:
+    """Return pair and MLP in the pair's precision, as in training, but at least in float32.
+
+    Pairs are float64 after `trainer.precision=64-true`, and less than float32 where somebody has rounded them. The MLP
+    is copied if it has to change: the language model may share its weights.
+    """
+    pair = pair.to(torch.promote_types(pair.input_sae.W_dec.dtype, torch.float32))
+    dtype = pair.input_sae.W_dec.dtype
+    return pair, mlp if mlp.W_in.dtype == dtype else copy.deepcopy(mlp).to(dtype)
 
 
 def find_export(folder: Path) -> Path:

@@ -7,6 +7,7 @@ import ast
 import hashlib
 import importlib.util
 import math
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,9 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "checkpoint.best_mode": ("min", "max"),
     "kernels": ("auto", "reference", "cpu", "triton"),
 }
+_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true", "32", "64")
+PATHS = ("model.path", "data.path", "data.cache_dir")
+"""Keys whose values are paths of what a run reads or shares."""
 _POSITIVE = (
     "data.train_tokens", "data.batch_tokens", "data.buffer_batches", "data.num_shards", "data.lm_batch_sequences",
     "data.val_sequences", "data.context_length", "data.stream_timeout_s", "sae.expansion_factor", "sae.d_sae",
@@ -111,6 +115,20 @@ def check_config(cfg: DictConfig) -> None:
     for key in ("trainer", "callbacks", "logger"):
         for node_key, node in _target_nodes(cfg[key], key):
             _check_constructor(node_key, node)
+
+
+def make_paths_absolute(cfg: DictConfig) -> None:
+    """Replace the paths of model, data and cache, which records and exports keep, by ones that hold in any folder."""
+    for key in PATHS:
+        if (value := OmegaConf.select(cfg, key)) is not None:
+            OmegaConf.update(cfg, key, absolute(value))
+    if cfg.data.name is not None and Path(cfg.data.name).is_dir():
+        cfg.data.name = absolute(cfg.data.name)
+
+
+def absolute(path: str) -> str:
+    """Return a path (or a pattern of several) from the root, `~` replaced by the user's home."""
+    return os.path.abspath(Path(path).expanduser())  # noqa: PTH100 - links stay as they are named
 
 
 def choices(*starts: str) -> dict[str, tuple[Any, ...]]:
@@ -276,6 +294,11 @@ def check_data(cfg: DictConfig) -> None:
 
 
 def _check_training(cfg: DictConfig) -> None:
+    if str(precision := cfg.trainer.get("precision") or 32) not in _PRECISIONS:
+        raise UserError(
+            f"trainer.precision: '{precision}' is none of {', '.join(_PRECISIONS)}: choose one of these; others round "
+            "the weights themselves, also the frozen MLP's, which would no longer be the language model's"
+        )
     coef = cfg.jacobian.coef
     if not (coef == "auto" or (_is_number(coef) and coef >= 0)):
         raise UserError(f"jacobian.coef: '{coef}' is no weight: give a number of 0 or more, or auto")

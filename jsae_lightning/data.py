@@ -269,6 +269,11 @@ class ActivationDataModule(LightningDataModule):
         make = {"memory": self._from_memory, "table": self._from_table, "stream": self._from_stream}[source.kind]
         sequences = make(source)
         if not len(sequences.val_tokens):
+            if source.val is not None and self._config.val_split is not None:
+                raise UserError(
+                    f"data.val_split: {source.val.where} has not one sequence of {self._context_length} tokens to "
+                    "validate on: choose a larger split, leave data.val_split null, or lower data.context_length"
+                )
             raise UserError(
                 f"data.val_fraction: {self._config.val_fraction} leaves not one sequence of {self._context_length} "
                 f"tokens to validate on, in {source.val.where if source.val else self._where}: raise it, give more "

@@ -14,7 +14,7 @@ from jsae_lightning.launch import RECORD, is_recorded
 _NOT_OF_THE_RUN = (
     "hydra.", "ckpt_path=", "sweep.", "num_threads=", "trainer.devices=", "trainer.num_nodes=",
     "trainer.accelerator=", "trainer.strategy=", "trainer.accumulate_grad_batches=", "data.prefetch=",
-    "data.cache_dir=", "logger", "paths.",
+    "data.cache_dir=", "logger", "paths.", "objective=", "checkpoint.",
 )  # fmt: skip
 """Overrides that say how to go about a run, or where: it may have been continued alone with others. Not so `trainer=`,
 which also chooses the precision."""

@@ -13,7 +13,16 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from jsae_lightning.config import check_data, check_values, choices, config_dir, register, to_dict
+from jsae_lightning.config import (
+    absolute,
+    check_data,
+    check_values,
+    choices,
+    config_dir,
+    make_paths_absolute,
+    register,
+    to_dict,
+)
 from jsae_lightning.config_schema import DataConfig, ModelConfig
 from jsae_lightning.errors import UserError
 from jsae_lightning.suggestions import check_keys
@@ -101,6 +110,7 @@ def compose_evaluation(
         defaults.append(f"hydra.searchpath=[{paths}]")
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         cfg = compose("eval", overrides=[*defaults, *overrides])
+    make_paths_absolute(cfg)
     _check(cfg)
     return cfg
 
@@ -124,6 +134,8 @@ def held_out_sequences(cfg: DictConfig, pair: dict[str, Any], model_length: int)
     if cfg.eval.tokens is not None:
         asked, wanted = f"eval.tokens: {int(cfg.eval.tokens):,}", -(-int(cfg.eval.tokens) // length)
     trained_on = pair.get("data", {})
+    if trained_on.get("path"):  # as older exports have it, it may be relative
+        trained_on = trained_on | {"path": absolute(trained_on["path"])}
     same = all(cfg.data[key] == trained_on.get(key) for key in _SAME_DATA)
     if not same or cfg.data.val_split is not None:
         return wanted, None

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from jsae_lightning import kernels
 from jsae_lightning.architecture import read_architecture
 from jsae_lightning.building import quiet_libraries
-from jsae_lightning.checkpoint import check_mlp_hash, load_pair
+from jsae_lightning.checkpoint import check_mlp_hash, in_one_precision, load_pair
 from jsae_lightning.config import model_arguments
 from jsae_lightning.data import MAX_CONTEXT_LENGTH, ActivationDataModule
 from jsae_lightning.distributed import rank_and_world_size
@@ -44,7 +44,6 @@ def prepare_held_out(cfg: DictConfig, export: Path, pair_config: dict[str, Any])
     if cfg.num_threads is not None:
         torch.set_num_threads(cfg.num_threads)
     kernels.select_kernels(cfg.kernels)
-    pair = load_pair(export, device=device)
     model = model_arguments(cfg)
     architecture = read_architecture(model["name_or_path"], revision=model["revision"], synthetic=model["synthetic"])
     model_length = min(architecture.context_length, MAX_CONTEXT_LENGTH)
@@ -63,6 +62,7 @@ def prepare_held_out(cfg: DictConfig, export: Path, pair_config: dict[str, Any])
         dist.barrier()
     data.setup()
     check_mlp_hash(data.frozen_mlp, pair_config["model"])
+    pair, mlp = in_one_precision(load_pair(export, device=device), data.frozen_mlp)
     if len(data.val_tokens) < sequences and cfg.eval.tokens is not None and remark is None:
         remark = (
             f"eval.tokens: {int(cfg.eval.tokens):,} asked for, but only {data.val_tokens.numel():,} are held out: "
@@ -82,7 +82,7 @@ def prepare_held_out(cfg: DictConfig, export: Path, pair_config: dict[str, Any])
     trained = pair_config["jacobian"]
     held_out = HeldOut(
         pair=pair,
-        mlp=data.frozen_mlp,
+        mlp=mlp,
         language_model=data.language_model,
         tokens=data.val_tokens,
         included=included,

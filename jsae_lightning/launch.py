@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from jsae_lightning.atomic_files import atomic_file
-from jsae_lightning.config import config_dir
+from jsae_lightning.config import PATHS, config_dir
 from jsae_lightning.errors import RunError, UserError
 from jsae_lightning.processes import is_rank_zero
 from jsae_lightning.suggestions import BASE, choices_of, keys_of, unknown_choice, unknown_key
@@ -143,10 +143,16 @@ def record_arguments(folder: Path) -> None:
     record = {
         "flags": config_flags(),
         "overrides": list(HydraConfig.get().overrides.task),
+        "cwd": str(Path.cwd()),
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
     }
     with atomic_file(folder / RECORD) as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run could go on from a checkpoint of its own."""
+    return any((folder / "checkpoints").glob("*.ckpt"))
 
 
 def is_recorded(folder: Path) -> bool:
@@ -232,8 +238,12 @@ def resumed_arguments(arguments: list[str]) -> list[str]:
         flags, before = list(earlier["flags"]), list(earlier["overrides"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{record}: is damaged ({error}): remove it and repeat the run's overrides") from error
+    begun_from = [override for override in before if _key(override) == "ckpt_path" and override != "ckpt_path=auto"]
+    if begun_from and not has_checkpoint(folder):  # a run that began from another's checkpoint does so once more
+        first = _found_from_here(begun_from[-1], earlier.get("cwd"))
+        overrides = [first if _key(override) == "ckpt_path" else override for override in overrides]
     again = {_key(override) for override in overrides}
-    kept = [override for override in before if _key(override) not in again]
+    kept = [_found_from_here(o, earlier.get("cwd")) for o in before if _key(o) not in again]
     if any(option.startswith(_CONFIG_FLAGS) for option in options):
         flags = []
     # A job of a sweep goes on alone, though its experiment may say that it is a sweep.
@@ -241,6 +251,15 @@ def resumed_arguments(arguments: list[str]) -> list[str]:
     before_options, searched = options_first(flags)
     searched = [override for override in searched if _key(override) not in again]
     return [*before_options, *options, *searched, *kept, *alone, *overrides]
+
+
+def _found_from_here(override: str, folder: str | None) -> str:
+    """Return an override that was given in another folder so that a path in it is found from this one."""
+    key = _key(override)
+    value = _given([override], key)
+    if key not in (*PATHS, "ckpt_path") or folder in (None, str(Path.cwd())) or not value or value[0] in "/~":
+        return override
+    return f"{key}={quoted(str(Path(str(folder)) / value))}"
 
 
 def _nothing_to_resume(folder: Path) -> str:

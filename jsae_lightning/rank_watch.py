@@ -48,6 +48,8 @@ class RankWatch(Callback):
         """Connect the ranks: a collective operation."""
         if trainer.world_size == 1:
             return
+        # Loading may take one rank minutes longer; not every backend's broadcast waits for those that receive.
+        trainer.strategy.barrier()
         if trainer.global_rank == 0:
             with _listen() as listener:
                 port, token = trainer.strategy.broadcast((listener.getsockname()[1], os.urandom(16)))

@@ -149,8 +149,11 @@ class AttemptRecord:
         self._attempt.exit_code, self._attempt.message = exit_code, message
         was_refused = self._was_finished and not self._has_begun
         self._status.status = "finished" if exit_code == 0 or was_refused else "failed"
-        with suppress(Exception):
+        try:
             write_status(self._folder, self._status)
+        except Exception:  # most likely a full disk, which has no room for a second file
+            with suppress(Exception):
+                _overwrite(self._folder / STATUS, self._status)
 
 
 @contextmanager
@@ -193,7 +196,18 @@ def add_ended_attempt(folder: Path, *, pid: int, seconds: float, exit_code: int,
 def write_status(folder: Path, status: RunStatus) -> None:
     """Write `status.json`, whole or not at all."""
     with atomic_file(folder / STATUS) as temporary:
-        temporary.write_text(json.dumps(asdict(status), indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(_to_json(status), encoding="utf-8")
+
+
+def _overwrite(path: Path, status: RunStatus) -> None:
+    """Write to the place that the file has already; to be read at any moment is worth less than the note itself."""
+    with path.open("r+", encoding="utf-8") as file:
+        file.write(_to_json(status))
+        file.truncate()
+
+
+def _to_json(status: RunStatus) -> str:
+    return json.dumps(asdict(status), indent=2) + "\n"
 
 
 def read_status(folder: Path) -> RunStatus | None:

@@ -150,9 +150,10 @@ class PackedStream:
                 if not self._repeat:
                     available = self._position + total // self._chunk
                     raise EndOfStreamError(
-                        f"data.train_tokens: {self._rows.where} ends after {available:,} sequences of "
-                        f"{self._encoder.packing.context_length} tokens, before the tokens asked for: "
-                        "lower data.train_tokens, or set data.repeat=true"
+                        f"data.repeat: false, but {self._rows.where} ends after {available:,} sequences of "
+                        f"{self._encoder.packing.context_length} tokens, and training, which reads whole blocks of "
+                        f"{num_tokens // self._chunk:,}, needs more: go on from the last checkpoint with "
+                        "ckpt_path=auto data.repeat=true, or begin anew with a lower data.train_tokens"
                     )
                 # The partial sequence at the end of an epoch is dropped, as at the end of any data.
                 whole = total // self._chunk * self._chunk

@@ -18,10 +18,17 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from jsae_lightning.config import check_architecture, check_config, config_dir, register
+from jsae_lightning.config import check_architecture, check_config, config_dir, make_paths_absolute, register
 from jsae_lightning.help import help_text
 from jsae_lightning.lasting_imports import lasting_imports
-from jsae_lightning.launch import exit_codes, hydra_record_kept, is_recorded, record_arguments, resumed_arguments
+from jsae_lightning.launch import (
+    exit_codes,
+    has_checkpoint,
+    hydra_record_kept,
+    is_recorded,
+    record_arguments,
+    resumed_arguments,
+)
 from jsae_lightning.processes import agree_on_start_time, end_with_parent, is_rank_zero, is_restarted
 from jsae_lightning.run_status import AttemptRecord, locked_folder, recorded_attempt
 from jsae_lightning.slurm import check_tasks, is_submitit_task, noted_end
@@ -60,9 +67,10 @@ def run(cfg: DictConfig) -> float:
     with noted_end(Path(cfg.paths.output_dir)), exit_codes(PROGRAM):
         if is_submitit_task() and (finished := enter_slurm_job(cfg)) is not None:
             return finished
-        if is_restarted() and cfg.ckpt_path is None:
+        if is_restarted() and (cfg.ckpt_path is None or has_checkpoint(Path(cfg.paths.output_dir))):
             log.info("started again: going on from the folder's last checkpoint, as with ckpt_path=auto")
             cfg.ckpt_path = "auto"
+        make_paths_absolute(cfg)
         check_config(cfg)
         check_tasks(cfg)
         check_architecture(cfg)

@@ -92,6 +92,13 @@ BAD_CONFIG = [
     ("trainer.devices=auto", ["trainer.devices", "auto"]),
     ("trainer.max_steps=0", ["trainer.max_steps", "0"]),
     ("ckpt_path=nowhere.ckpt", ["ckpt_path", "nowhere.ckpt"]),
+    ("trainer.precision=bf16-true", ["trainer.precision", "bf16-true", "bf16-mixed", "frozen MLP"]),
+    ("callbacks.jacobian_histograms.every_n_evaluations=0", ["every_n_evaluations: 0", "~callbacks"]),
+    ("callbacks.jacobian_histograms.num_heatmap_tokens=-1", ["num_heatmap_tokens: -1", "0 or more"]),
+    ("callbacks.progress.style=bogus", ["callbacks.progress.style", "bogus", "auto, bar, lines"]),
+    ("callbacks.progress.every_n_steps=0", ["callbacks.progress.every_n_steps: 0", "above zero"]),
+    ("data.text_column=body", ["data.text_column: body", "data.source=text"]),
+    ("data.train_split=other", ["data.train_split: other", "data.source=text"]),
     ("checkpoint.best_mode=most", ["checkpoint.best_mode", "most", "min"]),
 ]
 

@@ -254,7 +254,7 @@ def test_too_little_data_without_repeat(model_dir, tmp_path, number_tokenizer):
 
 def test_a_stream_that_ends_too_early(model_dir, tmp_path, number_tokenizer):
     own = ready(model_dir, **tagged_source(tmp_path, "stream of texts"), repeat=False, num=300)
-    with pytest.raises(UserError, match="data.train_tokens: .* ends after .* sequences"):
+    with pytest.raises(UserError, match="data.repeat: false, but .* ends after .* sequences .* reads whole blocks of"):
         list(own.train_dataloader())
 
 

@@ -24,7 +24,8 @@ def test_a_damaged_job_is_trained_on_not_fatal_to_the_sweep(content, tmp_path):
 def test_a_job_that_was_continued_on_other_devices_is_still_that_job(tmp_path):
     (tmp_path / "0").mkdir()
     (tmp_path / "0" / "arguments.json").write_text('{"overrides": ["sae.k=2", "trainer.devices=2", "num_threads=2"]}')
-    check_sweep_folder(tmp_path, [["sae.k=2", "trainer.devices=1"]], resume=True)
+    for same in ("trainer.devices=1", "objective=val/penalty", "checkpoint.best_metric=null"):
+        check_sweep_folder(tmp_path, [["sae.k=2", same]], resume=True)
     for other in ("+data.repeat=true", "trainer=gpu"):  # the latter is another precision
         with pytest.raises(UserError, match=rf"differing in {re.escape(other)}\)"):
             check_sweep_folder(tmp_path, [["sae.k=2", other]], resume=True)

@@ -13,17 +13,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import jsae_lightning.evaluate as program
 from held_out_factory import make_held_out
 from jsae_lightning.atomic_files import atomic_folder, remove_stale_folders
 from jsae_lightning.building import Experiment
+from jsae_lightning.checkpoint import load_run
 from jsae_lightning.errors import UserError
 from jsae_lightning.evaluate import evaluate, evaluate_folder
 from jsae_lightning.evaluate_config import compose_evaluation, covers, held_out_sequences
 from jsae_lightning.evaluation_parts import Task, runnable_parts
-from jsae_lightning.jacobians import edge_penalty
+from jsae_lightning.jacobians import edge_penalty, jacobian
 from jsae_lightning.penalties import make_penalty
 from running import run, toy_overrides, train, write_documents
 from tiny_models import make_model_dir
@@ -71,6 +72,29 @@ def test_figures_are_those_at_the_end_of_training(judged, finished):
     found = means(record)
     assert {key: found[key] for key in shared} == pytest.approx({key: expected[key] for key in shared}, rel=1e-5)
     assert {key for key in expected if key.startswith("jacobian")} <= found.keys()
+
+
+@pytest.mark.parametrize(("dtype", "rel"), [(torch.float64, 1e-4), (torch.bfloat16, 0.0)])
+def test_a_pair_of_another_precision_is_judged(dtype, rel, judged, copy):
+    """That of a run in float64, or one that somebody has rounded: then as the same numbers in float32."""
+    parts = ["eval.parts=[figures,fidelity]", "kernels=reference"]
+    path = copy / "sae_pair" / "model.safetensors"
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
+    save_file(tensors, path)
+    found = means(read(evaluate_folder(copy, parts)))
+    run = load_run(copy)
+    sentence = run.language_model().mlp_in(torch.arange(8)[None]).flatten(0, 1)
+    assert jacobian(run.pair, run.mlp, sentence.to(run.mlp.W_in.dtype), at="input").values.dtype == run.mlp.W_in.dtype
+    assert run.mlp.W_in.dtype == torch.promote_types(dtype, torch.float32)
+    if dtype == torch.bfloat16:
+        shutil.rmtree(copy / "eval")
+        save_file({name: tensor.float() for name, tensor in tensors.items()}, path)
+        expected = means(read(evaluate_folder(copy, parts)))
+    else:
+        expected = means(read(judged))
+    assert {key for key in found if key.startswith("fidelity/")}
+    for key in ("val/explained_variance_input", "val/ce_both", "jacobian/effective_edges", "jacobian/mean_abs"):
+        assert found[key] == pytest.approx(expected[key], rel=rel, abs=0.0), key
 
 
 def test_the_files_of_an_evaluation(judged, finished):
@@ -422,7 +446,7 @@ def test_the_command_writes_and_prints(copy, tmp_path, monkeypatch, capsys):
         (["{folder}/run", "data.train_tokens=9"], "data.train_tokens: matters in training only"),
         (["{folder}/run", "data=nothing"], "nothing"),
         (["{folder}/run", "device=abacus"], "device: 'abacus' is not known"),
-        (["{folder}/run", "model.path=nowhere"], "model.path: there is no directory 'nowhere'"),
+        (["{folder}/run", "model.path=nowhere"], "model.path: there is no directory '/"),
         (["{folder}/run", "model.layer=0"], "are not those that the pair was trained on"),
         (["{folder}/run", "--out", "{folder}/other"], "holds other files"),
         (["{folder}/run", "{folder}/run"], "use --compare"),

@@ -16,10 +16,15 @@ from running import CONTEXT, environment
 
 
 class Strategy:
-    """Broadcasts through a file."""
+    """Broadcasts through a file, and as nccl does: rank 0 does not wait for those that receive."""
 
-    def __init__(self, rank: int, folder: Path) -> None:
-        self.rank, self.address = rank, folder / "address"
+    def __init__(self, rank: int, world_size: int, folder: Path) -> None:
+        self.rank, self.world_size, self.address = rank, world_size, folder / "address"
+
+    def barrier(self):
+        (self.address.parent / f"here_{self.rank}").touch()
+        while len(list(self.address.parent.glob("here_*"))) < self.world_size:
+            time.sleep(0.01)
 
     def broadcast(self, value):
         if self.rank == 0:
@@ -35,7 +40,11 @@ class Strategy:
 def _rank(rank: int, world_size: int, folder: Path, how: str) -> None:
     os.dup2(os.open(folder / f"said_{rank}", os.O_WRONLY | os.O_CREAT), 2)
     rank_watch._GRACE_S, rank_watch._SECONDS_TO_LEARN = 1.0, 0.1
-    trainer = SimpleNamespace(world_size=world_size, global_rank=rank, strategy=Strategy(rank, folder))
+    if "slow" in (folder / "how").read_text():
+        rank_watch._CONNECT_TIMEOUT_S = 1.0
+    if how == "slow":  # to load
+        time.sleep(3)
+    trainer = SimpleNamespace(world_size=world_size, global_rank=rank, strategy=Strategy(rank, world_size, folder))
     watch = rank_watch.RankWatch((folder / f"lost_{rank}").write_text, "RUN")
     watch.setup(trainer, None, "fit")
     (folder / f"ready_{rank}").touch()
@@ -52,7 +61,8 @@ def _rank(rank: int, world_size: int, folder: Path, how: str) -> None:
 
 
 def ranks(folder: Path, *how: str) -> list:
-    """Start a rank for each way of going on ("end", "late", "error", "busy"), and wait until all have met."""
+    """Start a rank for each way of going on ("end", "late", "error", "busy", "slow"), and wait until all have met."""
+    (folder / "how").write_text(" ".join(how))
     started = [CONTEXT.Process(target=_rank, args=(rank, len(how), folder, kind)) for rank, kind in enumerate(how)]
     for process in started:
         process.start()
@@ -88,6 +98,12 @@ def test_ranks_that_end_in_order_end_nobody(tmp_path):
     (tmp_path / "go").touch()
     assert exit_codes(started) == [0, 0]
     assert not list(tmp_path.glob("lost_*"))
+
+
+def test_a_rank_that_loads_for_longer_than_a_connection_may_take_is_waited_for(tmp_path):
+    started = ranks(tmp_path, "end", "slow")
+    (tmp_path / "go").touch()
+    assert exit_codes(started) == [0, 0]
 
 
 def test_a_rank_with_an_error_of_its_own_ends_the_others_after_a_while(tmp_path):

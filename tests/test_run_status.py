@@ -1,5 +1,6 @@
 """How a run stands: its attempts, its lock, and what others may say of it."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -52,6 +53,22 @@ def test_another_users_run_is_not_called_killed(tmp_path, monkeypatch):
     assert read_status(tmp_path).status == "killed"  # its lock is gone
     (tmp_path / ".lock").write_text("")
     assert read_status(tmp_path).status == "killed"  # what a killed process leaves
+
+
+def test_the_end_is_noted_though_the_disk_is_full(tmp_path, monkeypatch):
+    """There is no room for a second file, but the first has its place."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(UserError), recorded_attempt(tmp_path) as attempt:
+        attempt.begin()
+        monkeypatch.setattr("jsae_lightning.run_status.atomic_file", full)
+        raise UserError("last.ckpt: the disk is full")
+    found = read_status(tmp_path)
+    assert (found.status, found.attempts[0].exit_code) == ("failed", 2)
+    assert "the disk is full" in found.attempts[0].message
+    assert json.loads((tmp_path / "status.json").read_text())["attempts"][0]["ended_at"]
 
 
 def test_a_refused_start_leaves_a_finished_run_finished(tmp_path):

@@ -140,7 +140,8 @@ def test_two_streams_of_the_same_rows_do_not_disturb_each_other():
 
 def test_a_stream_that_ends_says_so():
     with pytest.raises(
-        EndOfStreamError, match=r"data.train_tokens: here ends after 5\d\d sequences .* data.repeat=true"
+        EndOfStreamError,
+        match=r"here ends after 5\d\d sequences .* whole blocks of 10,000, .* ckpt_path=auto data.repeat=true",
     ):
         stream().read(0, 10_000, 0, 1)
 

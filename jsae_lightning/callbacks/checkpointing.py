@@ -15,6 +15,7 @@ from jsae_lightning.atomic_files import atomic_file, remove_leftovers
 from jsae_lightning.callbacks.throughput import paused
 from jsae_lightning.checkpoint import read_checkpoint, write_checkpoint
 from jsae_lightning.errors import UserError
+from jsae_lightning.sequence_sources import EndOfStreamError
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -90,6 +91,13 @@ class Checkpointing(Checkpoint):
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Save the final state; the last evaluation may make it the best."""
         self._save(trainer, trainer.global_step, self._is_best(trainer, trainer.global_step))
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        """Save what was trained when a stream ends too early, which all ranks notice at the same step."""
+        if isinstance(exception, EndOfStreamError) and trainer.global_step != self.saved_step:
+            self._save(trainer, trainer.global_step, is_best=False)
 
     def _tidy_best(self, step: int) -> None:
         best = self._best_path(self.best_step)

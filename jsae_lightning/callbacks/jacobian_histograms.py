@@ -43,8 +43,20 @@ class JacobianHistograms(StepCallback):
     """
 
     def __init__(self, every_n_evaluations: int, num_heatmap_tokens: int, seed: int) -> None:
-        """Set how often to draw, for how many tokens (0: no heat maps), and the seed of the shuffle."""
+        """Set how often to draw, for how many tokens (0: no heat maps), and the seed of the shuffle.
+
+        Raises UserError for an interval below 1 and for fewer tokens than none.
+        """
         super().__init__()
+        if every_n_evaluations < 1:
+            raise UserError(
+                f"callbacks.jacobian_histograms.every_n_evaluations: {every_n_evaluations} is not above zero: give a "
+                "number from 1, or leave them out with ~callbacks.jacobian_histograms"
+            )
+        if num_heatmap_tokens < 0:
+            raise UserError(
+                f"callbacks.jacobian_histograms.num_heatmap_tokens: {num_heatmap_tokens} is negative: give 0 or more"
+            )
         self.every_n_evaluations, self.num_heatmap_tokens, self.seed = every_n_evaluations, num_heatmap_tokens, seed
         self._seen_step = -1
         self._num_evaluations = 0

@@ -5,7 +5,7 @@ import math
 import sys
 import time
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -14,9 +14,11 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from jsae_lightning.callbacks.steps import StepCallback
 from jsae_lightning.callbacks.throughput import Throughput
+from jsae_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
 
+STYLES = ("auto", "bar", "lines")
 _SHOWN = (
     ("loss", "train/loss"),
     ("EV in", "train/explained_variance_input"),
@@ -34,11 +36,17 @@ class TrainingProgress(StepCallback, ProgressBar):
     left is reckoned from the steps of this process, evaluations included. Rank 0 only.
     """
 
-    def __init__(
-        self, every_n_steps: int | None, every_seconds: float | None, style: Literal["auto", "bar", "lines"]
-    ) -> None:
-        """Set the intervals of the lines (None: not by that) and the style; `auto`: a bar if stdout is a terminal."""
+    def __init__(self, every_n_steps: int | None, every_seconds: float | None, style: str) -> None:
+        """Set the intervals of the lines (None: not by that) and the style; `auto`: a bar if stdout is a terminal.
+
+        Raises UserError for another style, and for an interval that is not above zero.
+        """
         super().__init__()
+        if style not in STYLES:
+            raise UserError(f"callbacks.progress.style: '{style}' is not known: choose one of {', '.join(STYLES)}")
+        for key, value in (("every_n_steps", every_n_steps), ("every_seconds", every_seconds)):
+            if value is not None and value <= 0:
+                raise UserError(f"callbacks.progress.{key}: {value} is not above zero: give a positive number or null")
         self.every_n_steps, self.every_seconds, self.style = every_n_steps, every_seconds, style
         self._enabled = True
         self._bar: _Bar | None = None
