@@ -61,9 +61,10 @@ class JudgedPair:
 
     @property
     def setting(self) -> tuple[Any, ...]:
-        """What two pairs must share to be compared, whatever the model: k, and where the MLP is linearised."""
+        """What two pairs must share to be compared, whatever the model: k, latents, and where the MLP is linearised."""
         pair = self.record["pair"]
-        return (pair["input_sae"]["k"], pair["output_sae"]["k"], self.record["evaluation"]["at"])
+        sizes = [pair[f"{site}_sae"][key] for key in ("k", "d_sae") for site in ("input", "output")]
+        return (*sizes, self.record["evaluation"]["at"])
 
     @property
     def weights(self) -> Any:
@@ -152,7 +153,7 @@ def relative_difference(a: JudgedPair, b: JudgedPair, key: str) -> Figure:
 
 
 def find_baseline(judged: JudgedPair, others: Sequence[JudgedPair]) -> JudgedPair | None:
-    """Return the traditional pair of the same MLP, k and `at` (the most alike, if several), or None.
+    """Return the traditional pair of the same MLP, k, latents and `at` (the most alike, if several), or None.
 
     It is the weights of the MLP that must be the same, not the name of the model: drawn models share a name.
     """
@@ -295,8 +296,7 @@ def distinct_names(judged: Sequence[JudgedPair]) -> list[JudgedPair]:
 def _likeness(judged: JudgedPair, other: JudgedPair) -> int:
     """How much of the rest of two pairs' settings is the same."""
     ours, theirs = judged.record["pair"], other.record["pair"]
-    same = [ours[f"{site}_sae"]["d_sae"] == theirs[f"{site}_sae"]["d_sae"] for site in ("input", "output")]
-    same += [ours.get(key) == theirs.get(key) for key in ("tokens_seen", "seed", "data")]
+    same = [ours.get(key) == theirs.get(key) for key in ("tokens_seen", "seed", "data")]
     same += [ours["jacobian"].get(key) == theirs["jacobian"].get(key) for key in ("penalty", "coef")]
     return sum(same)
 

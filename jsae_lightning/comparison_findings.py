@@ -38,6 +38,11 @@ _MEASURES = (  # label, key, which way is sparser, format
     ("Gini", "jacobian/gini", 1, ".4f"),
     ("Hoyer", "jacobian/hoyer", 1, ".4f"),
 )
+_HOW_NOT_WHAT = (
+    "prefetch", "cache_dir", "lm_batch_sequences", "stream_retries", "stream_timeout_s", "streaming", "train_tokens",
+    "val_sequences", "val_fraction", "val_split",
+)  # fmt: skip
+"""Keys of `data` that say how activations are made or which are judged (the tokens that were seen are told apart)."""
 _COSTS = (
     ("explained variance of the input SAE", "val/explained_variance_input"),
     ("of the output SAE", "val/explained_variance_output"),
@@ -52,7 +57,7 @@ def all_findings(judged: Sequence[JudgedPair], matched: Sequence[ShrinkMatched])
         if not run.is_traditional and find_baseline(run, judged) is None:
             findings.append(
                 f"{run.name}: none of the pairs given is a traditional one (jacobian.coef=0) on the same MLP "
-                "weights, of the same k and jacobian.at, so nothing tells shrinkage from sparsification here."
+                "weights, of the same k, number of latents and jacobian.at, so nothing tells shrinkage from sparsification here."
             )
         for entry in matched:
             if entry.run is run:
@@ -76,6 +81,11 @@ def findings_of(entry: ShrinkMatched) -> list[str]:
             "independent samples (the same overrides, such as eval.tokens, for all of them would pair them)."
         )
     ]
+    if differing := other_differences(run, baseline):
+        lines.append(
+            f"{run.name} and {baseline.name} were not trained alike otherwise: {'; '.join(differing)}. What follows "
+            "may be due to that."
+        )
     lines += [_share_finding(entry, key, what) for key in _SHARES if key in entry.figures]
     measures = [_measure(run, baseline, measure)[0] for measure in _MEASURES]
     lines.append(f"{run.name}, scale-free: " + "; ".join(measures) + ".")
@@ -88,6 +98,26 @@ def findings_of(entry: ShrinkMatched) -> list[str]:
         ]
         lines.append(f"{run.name}, cost: " + "; ".join(costs) + ".")
     return lines
+
+
+def other_differences(run: JudgedPair, baseline: JudgedPair) -> list[str]:
+    """Return what differs between the trainings of two pairs beside what they are compared for, and the seed.
+
+    That is the penalty against a traditional pair, and the weights of the language model against a control. What one of
+    the exports does not tell, as older ones do not tell their recipe, is left out.
+    """
+    ours, theirs = (_training(judged, run.weights == baseline.weights) for judged in (run, baseline))
+    return [f"{key} {ours[key]} against {theirs[key]}" for key in ours if key in theirs and ours[key] != theirs[key]]
+
+
+def _training(judged: JudgedPair, may_differ_in_penalty: bool) -> dict[str, object]:
+    pair = judged.record["pair"]
+    found: dict[str, object] = {"tokens": pair.get("tokens_seen")}
+    found |= {f"data.{key}": value for key, value in pair.get("data", {}).items() if key not in _HOW_NOT_WHAT}
+    found |= pair.get("recipe", {})
+    if not may_differ_in_penalty:
+        found |= {f"jacobian.{key}": pair["jacobian"].get(key) for key in ("penalty", "params", "coef")}
+    return found
 
 
 def verdict_of(entry: ShrinkMatched) -> str:

@@ -9,7 +9,7 @@
 import dataclasses
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ from jsae_lightning.packing import (
     ArrayRows,
     Encoder,
     PackedSequences,
+    Packing,
     PositionMask,
     encode_until,
     make_packing,
@@ -92,6 +93,7 @@ class ActivationDataModule(LightningDataModule):
         num_batches: int,
         micro_batches: int,
         device: torch.device | str = "cpu",
+        trained_with: Mapping[str, Any] | None = None,
     ) -> None:
         """Keep the settings; nothing is read before `setup`.
 
@@ -102,6 +104,7 @@ class ActivationDataModule(LightningDataModule):
             num_batches: batches (optimizer steps) in all, of `data["batch_tokens"]` tokens over all ranks.
             micro_batches: micro-batches that make one batch on each rank.
             device: of the language model where there is no trainer, whose own device counts.
+            trained_with: `data` of the training whose stream this is: of its rows no more are held out than there.
 
         Raises:
             UserError: a key of `data` is missing or unknown.
@@ -110,6 +113,7 @@ class ActivationDataModule(LightningDataModule):
         self._model, self._config = dict(model), make_data_config(data)
         self._seed, self._num_batches, self._micro_batches = seed, num_batches, micro_batches
         self._rank, self._world_size, self._device = 0, 1, device
+        self._trained_with = trained_with
         self._sequences: _Sequences | None = None
         self._cache: ActivationCache | None = None
         self._loader: ActivationLoader | None = None
@@ -269,6 +273,11 @@ class ActivationDataModule(LightningDataModule):
         make = {"memory": self._from_memory, "table": self._from_table, "stream": self._from_stream}[source.kind]
         sequences = make(source)
         if not len(sequences.val_tokens):
+            if self._trained_with is not None:
+                raise UserError(
+                    f"data.context_length: {self._context_length}, but none of the rows that training held out at the "
+                    "start of this stream gives a sequence so long: lower it"
+                )
             if source.val is not None and self._config.val_split is not None:
                 raise UserError(
                     f"data.val_split: {source.val.where} has not one sequence of {self._context_length} tokens to "
@@ -282,7 +291,8 @@ class ActivationDataModule(LightningDataModule):
         return sequences
 
     def _make_encoder(self, rows: Rows, architecture: Architecture) -> Encoder:
-        length = self._config.context_length or min(architecture.context_length, MAX_CONTEXT_LENGTH)
+        self._longest = min(architecture.context_length, MAX_CONTEXT_LENGTH)
+        length = self._config.context_length or self._longest
         if length > architecture.context_length:
             raise UserError(
                 f"data.context_length: {length} is more than the model's {architecture.context_length}: lower it"
@@ -350,7 +360,7 @@ class ActivationDataModule(LightningDataModule):
         if source.val is not None:
             val_tokens, _ = first_sequences(source.val, self._cutting(source.val), wanted)
         else:
-            val_tokens, held_out = first_sequences(source.train, encoder, wanted)
+            val_tokens, held_out = first_sequences(source.train, encoder, wanted, self._rows_held_out(source.train))
             skip_rows = rows_to_skip(source.train, held_out, getattr(self.tokenizer, "eos_token_id", None))
             skip_digests = frozenset(map(document_digest, held_out))
 
@@ -367,10 +377,20 @@ class ActivationDataModule(LightningDataModule):
         note = f", its first {skip_rows:,} rows held out" if skip_rows else ""
         return _Sequences(make_train, probe, None, val_tokens, True, note)
 
-    def _cutting(self, rows: Rows) -> Encoder:
+    def _rows_held_out(self, rows: Rows) -> int | None:
+        """Return how many rows training held out, whose sequences may have had another length; None: any number."""
+        if self._trained_with is None:
+            return None
+        length = self._trained_with["context_length"] or self._longest
+        packing = make_packing(self._trained_with["bos"], self.tokenizer, length, holds_tokens=rows.holds_tokens)
+        encoder = self._cutting(rows, packing)
+        return len(first_sequences(rows, encoder, self._trained_with["val_sequences"])[1])
+
+    def _cutting(self, rows: Rows, packing: Packing | None = None) -> Encoder:
         """The encoder for rows that are read in order: the first ones tell whether rows are cut or joined."""
-        cut = rows.holds_tokens and all(len(value) >= self._context_length for value in rows.head)
-        return dataclasses.replace(self._encoder, where=rows.where, cut=cut)
+        packing = packing or self._encoder.packing
+        cut = rows.holds_tokens and all(len(value) >= packing.context_length for value in rows.head)
+        return dataclasses.replace(self._encoder, packing=packing, where=rows.where, cut=cut)
 
     # Amounts
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from jsae_lightning.contexts import AFTER, BEFORE, TokenText, TopContexts, context_record, window_values
 from jsae_lightning.held_out import HeldOut
-from jsae_lightning.jacobians import jacobian
+from jsae_lightning.jacobians import jacobian_of_latents
 from jsae_lightning.sae import Latents
 from jsae_lightning.splicing import MAX_ELEMENTS
 
@@ -46,7 +46,10 @@ class EdgeContexts:
         # The Jacobian is computed where it is needed only: on few tokens of a sequence, as a rule.
         k = max(held_out.pair.input_sae.k, held_out.pair.output_sae.k)
         for tokens in both.any(dim=1).nonzero()[:, 0].split(max(1, MAX_ELEMENTS // (held_out.mlp.d_mlp * k))):
-            found = jacobian(held_out.pair, held_out.mlp, x[tokens], at=held_out.at).values
+            some_in, some_out = (Latents(*(part[tokens] for part in side)) for side in (latents_in, latents_out))
+            found = jacobian_of_latents(
+                held_out.pair, held_out.mlp, x[tokens], some_in, some_out, at=held_out.at
+            ).values
             row = torch.arange(len(tokens), device=x.device)[:, None]
             entry = found[row, slot_out[tokens].clamp(min=0), slot_in[tokens].clamp(min=0)]
             values[tokens] = torch.where(both[tokens], entry, 0.0).float()

@@ -40,8 +40,8 @@ _POSITIVE = (
     "eval.fidelity_tokens", "eval.curve_sequences", "eval.contexts", "eval.top_edges", "eval.groups",
     "eval.batch_sequences", "num_threads",
 )  # fmt: skip
-_SAME_DATA = ("source", "path", "name", "config_name", "revision", "train_split")
-_HELD_OUT_BY = ("val_split", "streaming", "document_separator", "val_fraction")
+_SAME_DATA = ("source", "name", "config_name")  # and the path and the split, see `_place`
+_HELD_OUT_BY = ("val_split", "streaming", "document_separator", "val_fraction", "text_column", "token_column")
 
 
 @dataclass
@@ -134,10 +134,7 @@ def held_out_sequences(cfg: DictConfig, pair: dict[str, Any], model_length: int)
     if cfg.eval.tokens is not None:
         asked, wanted = f"eval.tokens: {int(cfg.eval.tokens):,}", -(-int(cfg.eval.tokens) // length)
     trained_on = pair.get("data", {})
-    if trained_on.get("path"):  # as older exports have it, it may be relative
-        trained_on = trained_on | {"path": absolute(trained_on["path"])}
-    same = all(cfg.data[key] == trained_on.get(key) for key in _SAME_DATA)
-    if not same or cfg.data.val_split is not None:
+    if not is_same_data(cfg, pair) or cfg.data.val_split is not None:
         return wanted, None
     for key in _HELD_OUT_BY:
         if cfg.data[key] != (trained := trained_on.get(key, cfg.data[key])):
@@ -160,6 +157,24 @@ def held_out_sequences(cfg: DictConfig, pair: dict[str, Any], model_length: int)
         f"{asked} asked for, but training held out the first {tokens:,} tokens of this stream and learnt from the "
         f"next: {most} sequences of {length} tokens are used"
     )
+
+
+def is_same_data(cfg: DictConfig, pair: dict[str, Any]) -> bool:
+    """Whether these may be the data of training, perhaps another revision or part of them."""
+    return _place(to_dict(cfg.data)) == _place(pair.get("data", {}))
+
+
+def _place(data: dict[str, Any]) -> tuple[Any, ...]:
+    path, split = data.get("path"), data.get("train_split")
+    # Older exports have paths as they were given. A slice of a split is a part of it.
+    others = (absolute(path) if path else path, split.partition("[")[0] if split else split)
+    return (*(data.get(key) for key in _SAME_DATA), *others)
+
+
+def held_out_as_in_training(cfg: DictConfig, pair: dict[str, Any]) -> dict[str, Any] | None:
+    """Return `data` of training where it decides what may be judged: of its own stream, rows at the start."""
+    is_own_stream = cfg.data.streaming and cfg.data.val_split is None and is_same_data(cfg, pair)
+    return pair["data"] if is_own_stream else None
 
 
 def data_settings(cfg: DictConfig) -> dict[str, Any]:

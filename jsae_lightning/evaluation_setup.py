@@ -18,7 +18,7 @@ from jsae_lightning.config import model_arguments
 from jsae_lightning.data import MAX_CONTEXT_LENGTH, ActivationDataModule
 from jsae_lightning.distributed import rank_and_world_size
 from jsae_lightning.errors import UserError
-from jsae_lightning.evaluate_config import data_settings, held_out_sequences
+from jsae_lightning.evaluate_config import data_settings, held_out_as_in_training, held_out_sequences
 from jsae_lightning.held_out import HeldOut
 from jsae_lightning.jacobians import EdgePenalty, edge_penalty
 from jsae_lightning.penalties import make_penalty
@@ -55,6 +55,7 @@ def prepare_held_out(cfg: DictConfig, export: Path, pair_config: dict[str, Any])
         num_batches=1,
         micro_batches=1,
         device=device,
+        trained_with=held_out_as_in_training(cfg, pair_config),
     )
     if rank == 0:
         data.prepare_data()
@@ -63,7 +64,9 @@ def prepare_held_out(cfg: DictConfig, export: Path, pair_config: dict[str, Any])
     data.setup()
     check_mlp_hash(data.frozen_mlp, pair_config["model"])
     pair, mlp = in_one_precision(load_pair(export, device=device), data.frozen_mlp)
-    if len(data.val_tokens) < sequences and cfg.eval.tokens is not None and remark is None:
+    if len(data.val_tokens) < sequences and remark is not None:
+        remark = f"{remark}, or rather {len(data.val_tokens)}, as it held out whole rows"
+    elif len(data.val_tokens) < sequences and cfg.eval.tokens is not None:
         remark = (
             f"eval.tokens: {int(cfg.eval.tokens):,} asked for, but only {data.val_tokens.numel():,} are held out: "
             "all of them are used"

@@ -31,7 +31,7 @@ from jsae_lightning.graph_files import GRAPHML_EDGES, load_graph, read_edges
 from jsae_lightning.graph_summary import FIGURES, GraphSummary, summarize_graph
 from jsae_lightning.grouped_evaluation import spaced
 from jsae_lightning.held_out import HeldOut
-from jsae_lightning.jacobians import JACOBIAN_AT, jacobian_from_latents, linearization_point
+from jsae_lightning.jacobians import JACOBIAN_AT, jacobian_of_latents, linearization_point
 from jsae_lightning.sae import Latents
 from jsae_lightning.splicing import chunks
 
@@ -182,9 +182,8 @@ def _first_pass(
         for start in range(0, len(x), size):
             part = {side: Latents(*(tensor[start : start + size] for tensor in latents[side])) for side in SIDES}
             with torch.autocast(device.type, enabled=False):
-                point = linearization_point(pair, x[start : start + size], part["input"], held_out.at)
-                _, slopes = mlp.forward_with_slopes(point)
-                edges.add(jacobian_from_latents(pair, mlp, slopes, part["input"], part["output"]))
+                some = x[start : start + size]
+                edges.add(jacobian_of_latents(pair, mlp, some, part["input"], part["output"], at=held_out.at))
     for side in SIDES:
         top[side].merge_ranks()
     return statistics, top

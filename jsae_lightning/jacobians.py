@@ -115,6 +115,24 @@ def jacobian_from_latents(
     )
 
 
+def jacobian_of_latents(
+    pair: SAEPair,
+    mlp: FrozenMLP,
+    mlp_in: Float[Tensor, "tokens d_model"],
+    latents_in: Latents,
+    latents_out: Latents,
+    *,
+    at: str,
+) -> Jacobian:
+    """Return `jacobian(pair, mlp, mlp_in, at)` where the latents are at hand, in their own order.
+
+    To encode a part of the tokens again may swap latents that are as good as equal: rounding depends on the number of
+    tokens.
+    """  # fmt: skip
+    _, slopes = mlp.forward_with_slopes(linearization_point(pair, mlp_in, latents_in, at))
+    return jacobian_from_latents(pair, mlp, slopes, latents_in, latents_out)
+
+
 def latent_map(
     pair: SAEPair, mlp: FrozenMLP, mlp_in: Float[Tensor, " d_model"], at: str
 ) -> tuple[Callable[[Tensor], Tensor], Float[Tensor, " d_sae"]]:

@@ -189,13 +189,15 @@ def probe_stream(stream: PackedStream, num: int) -> Int64[Tensor, "sequences con
 
 
 def first_sequences(
-    rows: Rows, encoder: Encoder, num: int
+    rows: Rows, encoder: Encoder, num: int, max_rows: int | None = None
 ) -> tuple[Int64[Tensor, "sequences context_length"], list[Any]]:
-    """Pack the first rows into at most `num` sequences; return them and the rows (values) that it took."""
+    """Pack the first rows, no more than `max_rows`, into at most `num` sequences; return them and the rows (values)
+    that it took.
+    """  # noqa: D205
     used: list[Any] = []
     parts = [np.empty(0, np.int32)]
     total, need = 0, num * encoder.packing.chunk
-    values = rows.values()
+    values = islice(rows.values(), max_rows)
     with quiet_datasets():
         while total < need and (value := next(values, None)) is not None:
             parts += encoder.encode([value])

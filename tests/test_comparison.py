@@ -59,9 +59,10 @@ def judge(tmp_path):
 
         means, left_out = leave_one_out([sums_of(part) for part in values], figures)
         columns = {key: torch.tensor([entry[key] for entry in left_out]).double() for key in means}
-        site = {"d_model": 8, "d_sae": 32, "k": K}
+        site = {"d_model": 8, "d_sae": changes.get("d_sae", 32), "k": K}
         pair = {
-            "input_sae": site, "output_sae": site, "seed": 0, "tokens_seen": 1, "data": {},
+            "input_sae": site, "output_sae": site, "seed": 0, "tokens_seen": changes.get("tokens_seen", 1),
+            "data": changes.get("data", {}), **changes.get("more", {}),
             "model": {"name": "tiny", "revision": None, "layer": layer, "random_weights": weights, "synthetic": None,
                       "mlp_hash": f"{layer} {weights}"} | changes.get("model", {}),
             "jacobian": {"penalty": "l1", "coef": coef},
@@ -244,6 +245,32 @@ def test_the_baseline_has_the_same_mlp_under_whatever_name(judge):
     moved = judge(draw(), "moved", coef=0.0, model={"mlp_hash": "a", "name": "/elsewhere/tiny"})
     assert find_baseline(run, [run, other_seed]) is None
     assert find_baseline(run, [run, other_seed, moved]) is moved
+
+
+def test_the_baseline_has_as_many_latents(judge):
+    values = draw()
+    run, wider = judge(values), judge(values, "wider", coef=0.0, d_sae=64)
+    assert find_baseline(run, [run, wider]) is None
+    assert "same k, number of latents and jacobian.at" in compare([run, wider])[0]["findings"][0]
+
+
+def test_what_else_was_not_alike_is_said(judge):
+    values = draw()
+    recipe = {"recipe": {"optim.lr": 5e-4, "sae.auxk_coef": 0.0}}
+    run = judge(values, data={"context_length": 64, "prefetch": True}, more=recipe)
+    other = {"recipe": {"optim.lr": 1e-3, "sae.auxk_coef": 0.0}}
+    longer = {"data": {"context_length": 128, "prefetch": False, "repeat": True}, "tokens_seen": 2, "more": other}
+    found = compare([run, judge(values, "base", coef=0.0, **longer)])[0]["findings"]
+    assert found[1] == (
+        "run and base were not trained alike otherwise: tokens 1 against 2; data.context_length 64 against 128; "
+        "optim.lr 0.0005 against 0.001. What follows may be due to that."
+    )
+    # Against a control the penalty counts, too; an export that does not tell its recipe differs in nothing known.
+    control = judge(values, "control", weights=True, coef=2.0, data={"context_length": 64})
+    found = compare([run, control])[0]["findings"]
+    assert any("were not trained alike otherwise: jacobian.coef 1.0 against 2.0. " in line for line in found)
+    alike = judge(values, "alike", coef=0.0, data={"context_length": 64}, more=recipe)
+    assert not any("not trained alike" in line for line in compare([run, alike])[0]["findings"])
 
 
 def test_the_random_control_is_of_the_same_synthetic_spec(judge):

@@ -7,10 +7,12 @@ import torch
 
 from held_out_factory import make_held_out
 from jsae_lightning.contexts import AFTER, BEFORE, TokenText, TopContexts, window_slice
-from jsae_lightning.graph import run_graph
+from jsae_lightning.edge_contexts import EdgeContexts
+from jsae_lightning.graph import latents_of, run_graph
 from jsae_lightning.grouped_evaluation import spaced
 from jsae_lightning.held_out import HeldOut
 from jsae_lightning.jacobians import jacobian
+from jsae_lightning.sae import Latents
 from tiny_models import make_model_dir, make_tokenizer
 
 SETTINGS = {"tokens": None, "top_edges": 7, "contexts": 3, "edge_contexts": 2}
@@ -92,6 +94,23 @@ def test_edge_contexts_against_a_search_through_everything(tmp_path, at):
             assert example["jacobian"] == pytest.approx(expected.tolist(), rel=1e-4)
             assert example["activations_output"][example["peak"]] > 0
             assert example["activations_input"][example["peak"]] > 0
+
+
+def test_edges_are_looked_up_in_the_order_of_the_given_latents():
+    """Latents that are as good as equal change places when a part of the tokens is encoded again."""
+    held_out = make_held_out()
+    x = held_out.language_model.mlp_in(held_out.tokens[:1]).flatten(0, 1)
+    latents, position = latents_of(held_out, x), torch.arange(len(x))
+    swapped = {side: Latents(part.values.flip(1), part.indices.flip(1)) for side, part in latents.items()}
+    edges = torch.cartesian_prod(latents["output"].indices[3], latents["input"].indices[3])
+    tops = []
+    for given in (latents, swapped):
+        contexts = EdgeContexts(edges, 1, held_out)
+        contexts.add(x, given["output"], given["input"], 0, position, torch.ones(len(x), dtype=torch.bool))
+        tops.append(contexts.top.columns)
+    assert (tops[0]["score"] > 0).all()
+    for name in ("score", "position", "activation", "jacobian"):
+        torch.testing.assert_close(tops[1][name], tops[0][name])
 
 
 def offer(top, row, score, sequence):

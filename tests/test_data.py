@@ -52,13 +52,14 @@ def number_tokenizer(monkeypatch):
     monkeypatch.setattr(data_module, "load_tokenizer", lambda *_, **__: NumberTokenizer())
 
 
-def make(model_dir, *, seed=0, num=10, rank_tokens=32, rank=0, world_size=1, **changes):
+def make(model_dir, *, seed=0, num=10, rank_tokens=32, rank=0, world_size=1, trained_with=None, **changes):
     own = ActivationDataModule(
         model={"name_or_path": str(model_dir), "layer": 1},
         data=data_settings(batch_tokens=rank_tokens * world_size, **changes),
         seed=seed,
         num_batches=num,
         micro_batches=1,
+        trained_with=trained_with,
     )
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
     own.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, strategy=strategy)
@@ -256,6 +257,24 @@ def test_a_stream_that_ends_too_early(model_dir, tmp_path, number_tokenizer):
     own = ready(model_dir, **tagged_source(tmp_path, "stream of texts"), repeat=False, num=300)
     with pytest.raises(UserError, match="data.repeat: false, but .* ends after .* sequences .* reads whole blocks of"):
         list(own.train_dataloader())
+
+
+@pytest.mark.parametrize("length", [8, 16, 24, 40])
+def test_of_a_stream_no_more_rows_are_judged_than_training_held_out(model_dir, tmp_path, length):
+    """Rows are cut to whole sequences: counted in tokens, sequences of another length would take more rows."""
+    source = write_rows(tmp_path, "input_ids", [tagged_tokens(n, 40) for n in range(200)], streaming=True)
+    trained = {"context_length": 16, "bos": "auto", "val_sequences": 8}  # two of each row
+    own = ready(model_dir, **source, context_length=length, val_sequences=50, trained_with=trained)
+    assert set(own.val_tokens.flatten().tolist()) == {10, 11, 12, 13} and len(own.val_tokens) == 4 * (40 // length)
+    training = ready(model_dir, **source, val_sequences=8)
+    assert set(training.val_tokens.flatten().tolist()) == {10, 11, 12, 13}
+
+
+def test_a_sequence_longer_than_the_held_out_rows_is_refused(model_dir, tmp_path):
+    source = write_rows(tmp_path, "input_ids", [tagged_tokens(n, 20) for n in range(200)], streaming=True)
+    trained = data_settings(**source, val_sequences=2)
+    with pytest.raises(UserError, match="data.context_length: 64, but none of the rows that training held out"):
+        ready(model_dir, **source, context_length=64, trained_with=trained)
 
 
 # Mistakes, found before the language model is loaded

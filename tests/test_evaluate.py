@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -22,10 +23,11 @@ from jsae_lightning.building import Experiment
 from jsae_lightning.checkpoint import load_run
 from jsae_lightning.errors import UserError
 from jsae_lightning.evaluate import evaluate, evaluate_folder
-from jsae_lightning.evaluate_config import compose_evaluation, covers, held_out_sequences
+from jsae_lightning.evaluate_config import compose_evaluation, covers, held_out_as_in_training, held_out_sequences
 from jsae_lightning.evaluation_parts import Task, runnable_parts
 from jsae_lightning.jacobians import edge_penalty, jacobian
 from jsae_lightning.penalties import make_penalty
+from jsae_lightning.reporting.graph_reader import read_graph
 from running import run, toy_overrides, train, write_documents
 from tiny_models import make_model_dir
 
@@ -95,6 +97,15 @@ def test_a_pair_of_another_precision_is_judged(dtype, rel, judged, copy):
     assert {key for key in found if key.startswith("fidelity/")}
     for key in ("val/explained_variance_input", "val/ce_both", "jacobian/effective_edges", "jacobian/mean_abs"):
         assert found[key] == pytest.approx(expected[key], rel=rel, abs=0.0), key
+
+
+def test_the_curve_of_edges_agrees_with_the_figure(judged):
+    graph = read_graph(judged.parent)
+    strongest = np.sort(graph.sum_abs.astype(np.float64))[::-1].cumsum()
+    ninety = int(np.argmax(strongest >= (0.9 - 1e-6) * strongest[-1])) + 1
+    assert ninety == pytest.approx(read(judged)["figures"]["graph/edges_for_90"]["mean"], abs=1)
+    by_mean = np.sort(graph.mean_abs.astype(np.float64))[::-1].cumsum()
+    assert int(np.argmax(by_mean >= 0.9 * by_mean[-1])) + 1 > ninety + 5  # another number
 
 
 def test_the_files_of_an_evaluation(judged, finished):
@@ -296,9 +307,30 @@ def test_a_stream_is_capped_in_tokens_without_eval_tokens_too(finished):
         held_out("data.context_length=257")
 
 
+def test_the_data_of_training_are_known_under_other_names(finished, monkeypatch):
+    """Otherwise what was trained on would be judged."""
+    pair = read(finished / "sae_pair" / "config.json")
+    rows = finished / "metrics.json"
+    pair["data"] |= {"streaming": True, "source": "jsonl", "path": str(rows), "document_separator": None}
+    monkeypatch.chdir(finished)
+    for path in ("metrics.json", "./metrics.json", f"{finished}/../run/metrics.json"):
+        cfg = compose_evaluation(finished, pair, [f"data.path={path}", "eval.tokens=1600"])
+        assert held_out_sequences(cfg, pair, 16)[0] == 16
+        assert held_out_as_in_training(cfg, pair) is pair["data"]
+    pair["data"]["path"] = "metrics.json"  # as older exports have it
+    assert held_out_sequences(compose_evaluation(finished, pair, ["eval.tokens=1600"]), pair, 16)[0] == 16
+    other = compose_evaluation(finished, pair, ["data.path=status.json", "eval.tokens=1600"])
+    assert held_out_sequences(other, pair, 16)[0] == 100 and held_out_as_in_training(other, pair) is None
+    pair["data"] |= {"source": "hub", "name": "x", "path": None, "train_split": "train[:50%]"}
+    for given in ("data.revision=main", "data.train_split=train"):
+        cfg = compose_evaluation(finished, pair, [given, "eval.tokens=1600"])
+        assert held_out_sequences(cfg, pair, 16)[0] == 16
+
+
 @pytest.mark.parametrize(
     ("trained", "override"),
     [
+        ({}, "data.text_column=body"),
         ({}, "data.val_fraction=0.5"),
         ({"val_split": "validation"}, "data.val_split=null"),
         ({"streaming": True}, "data.streaming=false"),

@@ -355,13 +355,14 @@ def test_trade_off_places_runs(root):
     assert not figures_tradeoff.can_draw(runs[1:], figures_tradeoff.SHARE)  # of one weight
 
 
-def varied(run, name, coef, *, model=None, k=None, **jacobian):
+def varied(run, name, coef, *, model=None, k=None, d_sae=None, tokens=None, **jacobian):
     from dataclasses import replace
 
     pair = json.loads(json.dumps(run.pair))
     pair["jacobian"] |= {"coef": coef} | jacobian
     pair["model"] |= {"mlp_hash": model} if model else {}
-    pair["input_sae"] |= {"k": k} if k else {}
+    pair["input_sae"] |= ({"k": k} if k else {}) | ({"d_sae": d_sae} if d_sae else {})
+    pair |= {"tokens_seen": tokens} if tokens else {}
     return replace(run, name=name, pair=pair)
 
 
@@ -394,6 +395,18 @@ def test_lines_join_runs_of_one_penalty_on_one_model(root):
     assert drawn == sorted(3 * [len(line) for line in figures_tradeoff.lines_of(runs).values()])
     legend = [text.get_text() for text in axes.get_legend().get_texts()]
     assert legend == ["l1", "hoyer", "l1, edges=contribution", "both SAEs", "input SAE", "output SAE"]
+
+
+def test_lines_join_pairs_of_one_size(root):
+    run = read_runs(find_evaluations(root / "sweep"))[0]
+    small = {"d_sae": 1024, "tokens": 1_000_000}
+    sizes = {"small": small, "wide": small | {"d_sae": 8192}, "long": small | {"tokens": 2_000_000}}
+    runs = [varied(run, f"{name} {coef:g}", coef, **size) for coef in (0.0, 0.5, 1.0) for name, size in sizes.items()]
+    lines = figures_tradeoff.lines_of(runs)
+    assert sorted([run.name for run in line] for line in lines.values()) == [
+        [f"{name} 0", f"{name} 0.5", f"{name} 1"] for name in sorted(sizes)
+    ]
+    assert any(label.endswith(", 8,192 latents, 1,000,000 tokens: l1") for label in lines)
 
 
 def test_heat_maps_normalised_do_not_depend_on_scale(root):

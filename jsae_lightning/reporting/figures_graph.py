@@ -28,11 +28,11 @@ def edge_distribution(mean_abs: np.ndarray) -> "Figure":
     return figure
 
 
-def cumulative_share(mean_abs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def cumulative_share(sum_abs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the numbers of edges 1, 2, ... (at most 400 of them, spread on a log scale) and the share of the total of
-    mean |J| that so many of the strongest hold.
+    |J| that so many of the strongest hold, from each edge's sum of |J| over tokens.
     """  # noqa: D205
-    values = np.sort(mean_abs.astype(np.float64))[::-1]
+    values = np.sort(sum_abs.astype(np.float64))[::-1]
     total = values.sum()
     if not len(values) or total <= 0:
         return np.empty(0), np.empty(0)
@@ -41,9 +41,9 @@ def cumulative_share(mean_abs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @styled
-def cumulative_edges(mean_abs: np.ndarray) -> "Figure":
-    """The share of the total of mean |J| in the strongest edges, against their number."""
-    counts, share = cumulative_share(mean_abs)
+def cumulative_edges(sum_abs: np.ndarray) -> "Figure":
+    """The share of all |J|, summed over tokens, in the strongest edges, against their number."""
+    counts, share = cumulative_share(sum_abs)
     figure, (axes,) = new_figure()
     axes.plot(counts, 100 * share, color=COLORS[0])
     for level in (50, 90, 99):
@@ -61,5 +61,5 @@ def cumulative_edges(mean_abs: np.ndarray) -> "Figure":
     log_axis(axes.xaxis)
     axes.set_ylim(0, 105)
     axes.set_xlabel("strongest edges of the global graph")
-    axes.set_ylabel("share of the total, %")
+    axes.set_ylabel("share of the sum of |J|, %")
     return figure

@@ -67,8 +67,9 @@ def lines_of(runs: Sequence[Judged]) -> dict[str, list[Judged]]:
             lines[key] = [*start, *lines[key]]
         if start and not own:
             lines[(base, "no penalty")] = start
-    labels = [penalty if len(bases) == 1 else f"{_model(members[-1])}: {penalty}"
-              for (_, penalty), members in lines.items()]  # fmt: skip
+    models = _models([members[-1] for members in lines.values()])
+    labels = [penalty if len(bases) == 1 else f"{model}: {penalty}"
+              for model, (_, penalty) in zip(models, lines, strict=True)]  # fmt: skip
     return dict(zip(unique_names(labels), lines.values(), strict=True))
 
 
@@ -156,9 +157,12 @@ def _line_look(row: int) -> dict[str, Any]:
 
 
 def _base(run: Judged) -> tuple[Any, ...]:
-    """What two pairs must share for a line between them, beside the penalty: MLP, k, and where it is linearised."""
-    sizes = (run.pair.get(f"{side}_sae", {}).get("k") for side in ("input", "output"))
-    return (run.pair.get("model", {}).get("mlp_hash"), *sizes, run.pair.get("jacobian", {}).get("at"))
+    """What two pairs must share for a line between them, beside the penalty: MLP, k and latents of both SAEs, tokens of
+    training, and where the MLP is linearised.
+    """  # noqa: D205
+    jacobian = run.pair.get("jacobian", {})
+    sizes = [run.pair.get(f"{side}_sae", {}).get(key) for key in ("k", "d_sae") for side in ("input", "output")]
+    return (run.pair.get("model", {}).get("mlp_hash"), *sizes, run.pair.get("tokens_seen"), jacobian.get("at"))
 
 
 def _penalty(run: Judged) -> str:
@@ -166,10 +170,21 @@ def _penalty(run: Judged) -> str:
     return penalty_name(jacobian) if "penalty" in jacobian else "unknown penalty"
 
 
-def _model(run: Judged) -> str:
-    model = run.pair.get("model", {})
-    k = run.pair.get("input_sae", {}).get("k")
-    return f"{Path(str(model.get('name'))).name} {model.get('layer')}, k={k}"
+def _models(runs: Sequence[Judged]) -> list[str]:
+    """The model, layer and k of each, and what else of their sizes is not the same in all of them."""
+    extras = {
+        " latents": [run.pair.get("input_sae", {}).get("d_sae") for run in runs],
+        " tokens": [run.pair.get("tokens_seen") for run in runs],
+    }
+    names = []
+    for number, run in enumerate(runs):
+        model, k = run.pair.get("model", {}), run.pair.get("input_sae", {}).get("k")
+        name = f"{Path(str(model.get('name'))).name} {model.get('layer')}, k={k}"
+        for unit, values in extras.items():
+            if len(set(values)) > 1 and values[number] is not None:
+                name += f", {values[number]:,}{unit}"
+        names.append(name)
+    return names
 
 
 @styled

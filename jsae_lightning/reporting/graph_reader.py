@@ -30,6 +30,17 @@ class Graph:
     latents: dict[str, dict[int, tuple[int, float | None, float | None]]]
     info: dict[str, Any]
 
+    @property
+    def sum_abs(self) -> np.ndarray:
+        """Each edge's sum of |J| over tokens, by which figures of the whole graph weigh it: mean |J| times the tokens
+        on which the output latent was active; 0 where that number is not known.
+        """  # noqa: D205
+        counts = np.zeros(int(self.output.max()) + 1 if len(self.output) else 0)
+        for latent, (count, _, _) in self.latents["output"].items():
+            if latent < len(counts):
+                counts[latent] = count
+        return self.mean_abs * counts[self.output]
+
 
 def read_graph(evaluation: Path) -> Graph | None:
     """Read `graph/` of an evaluation; None if it has none; raise UserError if a table is damaged."""

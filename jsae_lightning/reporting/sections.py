@@ -289,6 +289,7 @@ def _ablation_item(run: Judged, name: str, step: str, title: str, key: str) -> I
 def _graph_items(run: Judged, graph: Graph | None, key: str) -> list[Item]:
     some = [run] if graph is not None and len(graph.mean_abs) else []
     values = graph.mean_abs if graph is not None else None
+    sums = graph.sum_abs if graph is not None else None
     return [
         _item(
             f"{key}edge-distribution",
@@ -302,10 +303,11 @@ def _graph_items(run: Judged, graph: Graph | None, key: str) -> list[Item]:
         _item(
             f"{key}cumulative-edges",
             "Global graph: share of the strongest edges",
-            "How many of the strongest edges hold how much of the total. The fewer, the sparser the graph as a whole.",
+            "How many of the strongest edges hold how much of all |J|, summed over tokens. The fewer, the sparser the "
+            "graph as a whole.",
             some,
             [run],
-            lambda: figures_graph.cumulative_edges(values),  # type: ignore[arg-type]
+            lambda: figures_graph.cumulative_edges(sums),  # type: ignore[arg-type]
         ),
     ]
 
