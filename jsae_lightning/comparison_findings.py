@@ -57,7 +57,8 @@ def all_findings(judged: Sequence[JudgedPair], matched: Sequence[ShrinkMatched])
         if not run.is_traditional and find_baseline(run, judged) is None:
             findings.append(
                 f"{run.name}: none of the pairs given is a traditional one (jacobian.coef=0) on the same MLP "
-                "weights, of the same k, number of latents and jacobian.at, so nothing tells shrinkage from sparsification here."
+                "weights, of the same k, number of latents and jacobian.at, so nothing tells shrinkage from "
+                "sparsification here."
             )
         for entry in matched:
             if entry.run is run:
