@@ -13,7 +13,7 @@ train: $(VENV)/.installed
 	$(VENV)/bin/jsae-train $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile -m "not slow" $(ARGS)
+	$(VENV)/bin/python -m pytest --numprocesses 3 --dist loadfile -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder -m slow $(ARGS)
