@@ -5,7 +5,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share two cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share two cores
 
 import pytest
 import torch
