@@ -18,11 +18,11 @@ from jsae_lightning.architecture import read_architecture
 from jsae_lightning.atomic_files import remove_leftovers
 from jsae_lightning.callbacks.checkpointing import AtomicCheckpointIO
 from jsae_lightning.callbacks.memory import MemoryEstimate
-from jsae_lightning.checkpoint import find_checkpoint, read_checkpoint, save_pair
+from jsae_lightning.checkpoint import read_checkpoint, save_pair
 from jsae_lightning.config import build, jacobian_coef, model_arguments, sae_widths, to_dict
 from jsae_lightning.data import ActivationDataModule
 from jsae_lightning.errors import UserError
-from jsae_lightning.launch import command_to_go_on, has_checkpoint
+from jsae_lightning.launch import command_to_go_on, find_checkpoint
 from jsae_lightning.module import JSAEModule
 from jsae_lightning.rank_watch import RankWatch
 from jsae_lightning.summary import check_names, final_metrics, print_summary, write_metrics_json
@@ -52,8 +52,9 @@ class Experiment:
     def announce(self) -> None:
         """Log what is about to happen and record the configuration with the loggers."""
         log.info("run folder: %s", self.folder)
+        is_new = find_checkpoint(self.folder) is None
         for logger in self.trainer.loggers:
-            if not has_checkpoint(self.folder) and hasattr(logger, "truncate_after"):
+            if is_new and hasattr(logger, "truncate_after"):
                 logger.truncate_after(-1)  # of an attempt before the first checkpoint, maybe with other settings
             if hasattr(logger, "log_config"):
                 logger.log_config(OmegaConf.to_yaml(self.cfg, resolve=True))

@@ -273,11 +273,3 @@ def recount_micro_batches(checkpoint: dict[str, Any], micro_batches: int) -> Non
         counts = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"][progress]
         shift = checkpoint["global_step"] * micro_batches - counts["ready"]
         counts.update({name: count + shift for name, count in counts.items()})
-
-
-def find_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint of a run, `checkpoints/last.ckpt`, or else the highest `step_*.ckpt`."""
-    last = folder / "checkpoints" / "last.ckpt"
-    if last.is_file():
-        return last
-    return max((folder / "checkpoints").glob("step_*.ckpt"), default=None)

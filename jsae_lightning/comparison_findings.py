@@ -8,6 +8,7 @@ resolve, lies within +-NEGLIGIBLE of the whole difference. Fewer than MIN_GROUPS
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from jsae_lightning.comparison import (
     JudgedPair,
@@ -18,6 +19,7 @@ from jsae_lightning.comparison import (
     relative_difference,
 )
 from jsae_lightning.jackknife import Figure
+from jsae_lightning.training_settings import training_settings
 
 TOLERANCE = 2.0
 """A difference counts where it is more than so many of its standard errors."""
@@ -38,11 +40,6 @@ _MEASURES = (  # label, key, which way is sparser, format
     ("Gini", "jacobian/gini", 1, ".4f"),
     ("Hoyer", "jacobian/hoyer", 1, ".4f"),
 )
-_HOW_NOT_WHAT = (
-    "prefetch", "cache_dir", "lm_batch_sequences", "stream_retries", "stream_timeout_s", "streaming", "train_tokens",
-    "val_sequences", "val_fraction", "val_split",
-)  # fmt: skip
-"""Keys of `data` that say how activations are made or which are judged (the tokens that were seen are told apart)."""
 _COSTS = (
     ("explained variance of the input SAE", "val/explained_variance_input"),
     ("of the output SAE", "val/explained_variance_output"),
@@ -111,14 +108,10 @@ def other_differences(run: JudgedPair, baseline: JudgedPair) -> list[str]:
     return [f"{key} {ours[key]} against {theirs[key]}" for key in ours if key in theirs and ours[key] != theirs[key]]
 
 
-def _training(judged: JudgedPair, may_differ_in_penalty: bool) -> dict[str, object]:
-    pair = judged.record["pair"]
-    found: dict[str, object] = {"tokens": pair.get("tokens_seen")}
-    found |= {f"data.{key}": value for key, value in pair.get("data", {}).items() if key not in _HOW_NOT_WHAT}
-    found |= pair.get("recipe", {})
-    if not may_differ_in_penalty:
-        found |= {f"jacobian.{key}": pair["jacobian"].get(key) for key in ("penalty", "params", "coef")}
-    return found
+def _training(judged: JudgedPair, may_differ_in_penalty: bool) -> dict[str, Any]:
+    jacobian = judged.record["pair"]["jacobian"]
+    penalty = {f"jacobian.{key}": jacobian.get(key) for key in ("penalty", "params", "coef")}
+    return training_settings(judged.record["pair"]) | ({} if may_differ_in_penalty else penalty)
 
 
 def verdict_of(entry: ShrinkMatched) -> str:

@@ -54,10 +54,13 @@ _POSITIVE = (
     "checkpoint.every_n_steps", "num_threads", "trainer.accumulate_grad_batches", "trainer.log_every_n_steps",
 )  # fmt: skip
 _DATA_KEYS_OF_OTHERS = {  # what each kind of source does not read
-    "stdlib": ("path", "name", "config_name", "revision", "streaming", "text_column", "token_column"),
+    "stdlib": ("path", "name", "config_name", "revision", "streaming", "text_column", "token_column", "train_split"),
+    "text": ("name", "config_name", "revision", "text_column", "token_column", "train_split"),
     "files": ("name", "config_name", "revision"),
     "hub": ("path",),
 }
+_UNREAD = {"train_split": "train"}
+"""Defaults, other than null and false, of keys of `data` that not every source reads."""
 _SHARES = (
     "jacobian.warmup_fraction",
     "jacobian.decay_fraction",
@@ -265,7 +268,7 @@ def _check_synthetic(cfg: DictConfig) -> None:
         return
     make_spec(to_dict(cfg.model.synthetic))
     for key in _DATA_KEYS_OF_OTHERS["stdlib"]:
-        if cfg.data[key] not in (None, False):
+        if cfg.data[key] not in (None, False, _UNREAD.get(key)):
             raise UserError(
                 f"data.{key}: '{cfg.data[key]}' has no effect with data.source=synthetic: leave it as data=synthetic "
                 "has it"
@@ -279,10 +282,11 @@ def _is_number(value: Any) -> bool:
 def check_data(cfg: DictConfig) -> None:
     """Check that the keys of `data` fit its source."""
     local = cfg.data.source in SOURCES[1:-1]
-    for key in _DATA_KEYS_OF_OTHERS[cfg.data.source if cfg.data.source in ("stdlib", "hub") else "files"]:
-        if cfg.data[key] not in (None, False):
+    kind = cfg.data.source if cfg.data.source in _DATA_KEYS_OF_OTHERS else "files"
+    for key in _DATA_KEYS_OF_OTHERS[kind]:
+        if cfg.data[key] not in (None, False, _UNREAD.get(key)):
             raise UserError(
-                f"data.{key}: '{cfg.data[key]}' has no effect with data.source={cfg.data.source}: leave it null, "
+                f"data.{key}: '{cfg.data[key]}' has no effect with data.source={cfg.data.source}: leave it unset, "
                 "or choose the source by data=text, jsonl, parquet, arrow or hub"
             )
     if local and cfg.data.path is None:

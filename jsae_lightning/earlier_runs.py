@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jsae_lightning.errors import UserError
-from jsae_lightning.launch import RECORD, is_recorded
+from jsae_lightning.launch import RECORD, is_recorded, with_absolute_paths
 
 _NOT_OF_THE_RUN = (
     "hydra.", "ckpt_path=", "sweep.", "num_threads=", "trainer.devices=", "trainer.num_nodes=",
@@ -33,7 +33,7 @@ def earlier_run(folder: Path, overrides: Sequence[str], *, resume: bool, own_job
     record = _read_record(folder)
     if own_job is not None and record.get("slurm_job_id") == own_job:
         return ""
-    _check(folder, record["overrides"], overrides, resume=resume)
+    _check(folder, record, overrides, resume=resume)
     try:
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         return "finished" if metrics["run/status"] == "finished" else "unfinished"
@@ -58,7 +58,7 @@ def check_sweep_folder(sweep: Path, jobs: Sequence[Sequence[str]], *, resume: bo
             record = _read_record(folder)
         except UserError:
             continue
-        _check(folder, record["overrides"], overrides, resume=resume)
+        _check(folder, record, overrides, resume=resume)
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
@@ -70,18 +70,21 @@ def _read_record(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: is damaged ({error}): remove the folder to train the job again") from error
 
 
-def _check(folder: Path, was: Sequence[str], wanted: Sequence[str], *, resume: bool) -> None:
+def _check(folder: Path, record: dict[str, Any], wanted: Sequence[str], *, resume: bool) -> None:
     if not resume:
         raise UserError(
             f"hydra.sweep.dir: {folder} holds a run already: go on with the sweep by sweep.resume=true, "
             "or choose another folder"
         )
-    if changed := _of_the_run(was) ^ _of_the_run(wanted):
+    was = _of_the_run(record["overrides"], record.get("cwd"))
+    if changed := was ^ _of_the_run(wanted, None):
         raise UserError(
             f"sweep.resume: {folder} holds a run with other overrides (differing in {', '.join(sorted(changed))}): "
             "repeat the sweep as it was, or choose another hydra.sweep.dir"
         )
 
 
-def _of_the_run(overrides: Sequence[str]) -> set[str]:
-    return {override for override in overrides if not override.lstrip("+~").startswith(_NOT_OF_THE_RUN)}
+def _of_the_run(overrides: Sequence[str], folder: str | None) -> set[str]:
+    """Overrides that were given in `folder` (None: this one), so that they compare."""
+    own = [override for override in overrides if not override.lstrip("+~").startswith(_NOT_OF_THE_RUN)]
+    return set(with_absolute_paths(own, folder or Path.cwd()))

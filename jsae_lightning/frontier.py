@@ -30,6 +30,7 @@ from jsae_lightning.errors import UserError
 from jsae_lightning.launch import exit_codes
 from jsae_lightning.result_files import markdown_table
 from jsae_lightning.sweep_folders import find_jobs, read_json
+from jsae_lightning.training_settings import training_settings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -236,16 +237,13 @@ def _read_point(folder: Path, name: str) -> Point | None:
     numbers = {key: float(value) for key, value in metrics.items() if isinstance(value, int | float)}
     area = _area(folder)
     numbers |= {} if area is None else {AREA: area}
-    setting = {"model.mlp_hash": config.get("model", {}).get("mlp_hash"), "tokens_seen": config.get("tokens_seen")}
+    setting = {"model.mlp_hash": config.get("model", {}).get("mlp_hash")} | training_settings(config)
     setting |= {
         f"{sae}.{key}": config.get(sae, {}).get(key) for sae in ("input_sae", "output_sae") for key in ("d_sae", "k")
     }
     setting["jacobian.at"] = config["jacobian"].get("at", "input")
     setting["input_sae.subtract_b_dec"] = config.get("input_sae", {}).get("subtract_b_dec")
-    data = config.get("data", {})
-    setting |= {f"data.{key}": data.get(key) for key in ("source", "path", "name", "batch_tokens")}
-    setting |= {f"recipe.{key}": value for key, value in (config.get("recipe") or {}).items()}
-    setting["held-out tokens"] = _held_out_tokens(folder, data)
+    setting["held-out tokens"] = _held_out_tokens(folder, config.get("data", {}))
     return Point(name, penalty_name(config["jacobian"]), float(config["jacobian"]["coef"]), numbers, setting)
 
 

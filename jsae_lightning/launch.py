@@ -150,9 +150,12 @@ def record_arguments(folder: Path) -> None:
         temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def has_checkpoint(folder: Path) -> bool:
-    """Whether a run could go on from a checkpoint of its own."""
-    return any((folder / "checkpoints").glob("*.ckpt"))
+def find_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint of a run, `checkpoints/last.ckpt`, or else the highest `step_*.ckpt`."""
+    last = folder / "checkpoints" / "last.ckpt"
+    if last.is_file():
+        return last
+    return max((folder / "checkpoints").glob("step_*.ckpt"), default=None)
 
 
 def is_recorded(folder: Path) -> bool:
@@ -236,14 +239,15 @@ def resumed_arguments(arguments: list[str]) -> list[str]:
     try:
         earlier = json.loads(record.read_text(encoding="utf-8"))
         flags, before = list(earlier["flags"]), list(earlier["overrides"])
+        if (folder_then := earlier.get("cwd", str(Path.cwd()))) != str(Path.cwd()):
+            before = with_absolute_paths(before, folder_then)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{record}: is damaged ({error}): remove it and repeat the run's overrides") from error
     begun_from = [override for override in before if _key(override) == "ckpt_path" and override != "ckpt_path=auto"]
-    if begun_from and not has_checkpoint(folder):  # a run that began from another's checkpoint does so once more
-        first = _found_from_here(begun_from[-1], earlier.get("cwd"))
-        overrides = [first if _key(override) == "ckpt_path" else override for override in overrides]
+    if begun_from and find_checkpoint(folder) is None:  # a run that began from another's checkpoint does so once more
+        overrides = [begun_from[-1] if _key(override) == "ckpt_path" else override for override in overrides]
     again = {_key(override) for override in overrides}
-    kept = [_found_from_here(o, earlier.get("cwd")) for o in before if _key(o) not in again]
+    kept = [override for override in before if _key(override) not in again]
     if any(option.startswith(_CONFIG_FLAGS) for option in options):
         flags = []
     # A job of a sweep goes on alone, though its experiment may say that it is a sweep.
@@ -253,13 +257,17 @@ def resumed_arguments(arguments: list[str]) -> list[str]:
     return [*before_options, *options, *searched, *kept, *alone, *overrides]
 
 
-def _found_from_here(override: str, folder: str | None) -> str:
-    """Return an override that was given in another folder so that a path in it is found from this one."""
+def with_absolute_paths(overrides: Sequence[str], folder: str | Path) -> list[str]:
+    """Return overrides that were given in `folder` so that the paths in them are found from any other."""
+    return [_with_absolute_path(override, Path(folder)) for override in overrides]
+
+
+def _with_absolute_path(override: str, folder: Path) -> str:
     key = _key(override)
     value = _given([override], key)
-    if key not in (*PATHS, "ckpt_path") or folder in (None, str(Path.cwd())) or not value or value[0] in "/~":
-        return override
-    return f"{key}={quoted(str(Path(str(folder)) / value))}"
+    is_path = key in PATHS or (key == "ckpt_path" and value != "auto")
+    is_path = is_path or (key == "data.name" and (folder / value).is_dir())  # else a name of the hub's
+    return f"{key}={quoted(str(folder / value))}" if is_path and value and value[0] != "~" else override
 
 
 def _nothing_to_resume(folder: Path) -> str:

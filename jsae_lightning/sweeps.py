@@ -31,7 +31,7 @@ from jsae_lightning.atomic_files import atomic_file
 from jsae_lightning.devices import job_environment
 from jsae_lightning.earlier_runs import check_sweep_folder, earlier_run
 from jsae_lightning.errors import UserError
-from jsae_lightning.launch import SWEEP_RECORD, config_flags, exit_codes, has_checkpoint, quoted
+from jsae_lightning.launch import SWEEP_RECORD, config_flags, exit_codes, find_checkpoint, quoted
 from jsae_lightning.processes import is_restarted
 from jsae_lightning.run_status import add_ended_attempt
 from jsae_lightning.slurm import end_lost_jobs, is_submitit_task
@@ -141,7 +141,7 @@ def enter_slurm_job(cfg: DictConfig) -> float | None:
     if found == "finished":
         return read_objective(job.folder / "metrics.json", cfg.objective)
     # Not by `found`, which rank 0 may have noted just now: all ranks must agree. Checkpoints come later.
-    if resume and (cfg.ckpt_path is None or has_checkpoint(job.folder)):
+    if resume and (cfg.ckpt_path is None or find_checkpoint(job.folder)):
         cfg.ckpt_path = "auto"
     return None
 

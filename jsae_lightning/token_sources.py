@@ -131,14 +131,7 @@ def open_source(config: DataConfig, synthetic: dict[str, Any] | None = None) -> 
 
 def _check_keys(config: DataConfig) -> None:
     in_memory = config.source in ("stdlib", "synthetic", "text")
-    own_split = None if config.train_split == "train" else config.train_split
-    for key, value in (
-        ("streaming", config.streaming or None),
-        ("train_split", own_split),
-        ("val_split", config.val_split),
-        ("text_column", config.text_column),
-        ("token_column", config.token_column),
-    ):
+    for key, value in (("streaming", config.streaming or None), ("val_split", config.val_split)):
         if in_memory and value is not None:
             raise UserError(f"data.{key}: {value} does not apply to data.source={config.source}: leave it unset")
     if config.document_separator is not None and config.source != "text":

@@ -23,7 +23,7 @@ from jsae_lightning.help import help_text
 from jsae_lightning.lasting_imports import lasting_imports
 from jsae_lightning.launch import (
     exit_codes,
-    has_checkpoint,
+    find_checkpoint,
     hydra_record_kept,
     is_recorded,
     record_arguments,
@@ -67,7 +67,7 @@ def run(cfg: DictConfig) -> float:
     with noted_end(Path(cfg.paths.output_dir)), exit_codes(PROGRAM):
         if is_submitit_task() and (finished := enter_slurm_job(cfg)) is not None:
             return finished
-        if is_restarted() and (cfg.ckpt_path is None or has_checkpoint(Path(cfg.paths.output_dir))):
+        if is_restarted() and (cfg.ckpt_path is None or find_checkpoint(Path(cfg.paths.output_dir))):
             log.info("started again: going on from the folder's last checkpoint, as with ckpt_path=auto")
             cfg.ckpt_path = "auto"
         make_paths_absolute(cfg)

@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from factories import make_pair, make_x
-from jsae_lightning.checkpoint import find_checkpoint, load_pair, read_checkpoint
+from jsae_lightning.checkpoint import load_pair, read_checkpoint
 from jsae_lightning.errors import UserError
+from jsae_lightning.launch import find_checkpoint
 from jsae_lightning.sae import SAEPair
 
 

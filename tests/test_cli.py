@@ -97,8 +97,8 @@ BAD_CONFIG = [
     ("callbacks.jacobian_histograms.num_heatmap_tokens=-1", ["num_heatmap_tokens: -1", "0 or more"]),
     ("callbacks.progress.style=bogus", ["callbacks.progress.style", "bogus", "auto, bar, lines"]),
     ("callbacks.progress.every_n_steps=0", ["callbacks.progress.every_n_steps: 0", "above zero"]),
-    ("data.text_column=body", ["data.text_column: body", "data.source=text"]),
-    ("data.train_split=other", ["data.train_split: other", "data.source=text"]),
+    ("data.text_column=body", ["data.text_column: 'body'", "data.source=text"]),
+    ("data.train_split=other", ["data.train_split: 'other'", "data.source=text"]),
     ("checkpoint.best_mode=most", ["checkpoint.best_mode", "most", "min"]),
 ]
 

@@ -262,7 +262,7 @@ def test_what_else_was_not_alike_is_said(judge):
     longer = {"data": {"context_length": 128, "prefetch": False, "repeat": True}, "tokens_seen": 2, "more": other}
     found = compare([run, judge(values, "base", coef=0.0, **longer)])[0]["findings"]
     assert found[1] == (
-        "run and base were not trained alike otherwise: tokens 1 against 2; data.context_length 64 against 128; "
+        "run and base were not trained alike otherwise: tokens_seen 1 against 2; data.context_length 64 against 128; "
         "optim.lr 0.0005 against 0.001. What follows may be due to that."
     )
     # Against a control the penalty counts, too; an export that does not tell its recipe differs in nothing known.

@@ -1,6 +1,8 @@
 """What the folders of a sweep's jobs hold already."""
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +28,14 @@ def test_a_job_that_was_continued_on_other_devices_is_still_that_job(tmp_path):
     (tmp_path / "0" / "arguments.json").write_text('{"overrides": ["sae.k=2", "trainer.devices=2", "num_threads=2"]}')
     for same in ("trainer.devices=1", "objective=val/penalty", "checkpoint.best_metric=null"):
         check_sweep_folder(tmp_path, [["sae.k=2", same]], resume=True)
+    moved = ["sae.k=2", "data.path=rows.jsonl", "model.path=/models/tiny"]
+    (tmp_path / "0" / "arguments.json").write_text(json.dumps({"overrides": moved, "cwd": "/data"}))
+    again = ["sae.k=2", "data.path=/data/rows.jsonl", "model.path=/models/tiny"]  # gone on with from another folder
+    check_sweep_folder(tmp_path, [again], resume=True)
+    here = {"data.path=/data/rows.jsonl", f"data.path={Path.cwd() / 'rows.jsonl'}"}  # another file
+    with pytest.raises(UserError, match=re.escape(f"(differing in {', '.join(sorted(here))})")):
+        check_sweep_folder(tmp_path, [moved], resume=True)
+    (tmp_path / "0" / "arguments.json").write_text('{"overrides": ["sae.k=2"]}')
     for other in ("+data.repeat=true", "trainer=gpu"):  # the latter is another precision
         with pytest.raises(UserError, match=rf"differing in {re.escape(other)}\)"):
             check_sweep_folder(tmp_path, [["sae.k=2", other]], resume=True)

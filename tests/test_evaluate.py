@@ -23,7 +23,7 @@ from jsae_lightning.building import Experiment
 from jsae_lightning.checkpoint import load_run
 from jsae_lightning.errors import UserError
 from jsae_lightning.evaluate import evaluate, evaluate_folder
-from jsae_lightning.evaluate_config import compose_evaluation, covers, held_out_as_in_training, held_out_sequences
+from jsae_lightning.evaluate_config import compose_evaluation, covers
 from jsae_lightning.evaluation_parts import Task, runnable_parts
 from jsae_lightning.jacobians import edge_penalty, jacobian
 from jsae_lightning.penalties import make_penalty
@@ -272,82 +272,19 @@ def test_explanations_of_another_pair_are_not_kept(copy):
     assert not (copy / "eval" / "autointerp").exists()
 
 
-def test_a_stream_is_not_judged_on_what_it_was_trained_on(finished):
-    pair = read(finished / "sae_pair" / "config.json")
-    pair["data"] |= {"streaming": True, "val_split": None, "source": "hub", "name": "x", "path": None}
-    pair["data"]["document_separator"] = None
-    wanted = ["eval.tokens=1600"]
-    count, remark = held_out_sequences(compose_evaluation(finished, pair, wanted), pair, 16)
-    assert count == 16
-    assert "learnt from the next" in remark and "eval.tokens: 1,600 asked for" in remark
-    assert held_out_sequences(compose_evaluation(finished, pair, ["eval.tokens=100"]), pair, 16) == (7, None)
-    other = compose_evaluation(finished, pair, [*wanted, "data.name=another"])
-    assert held_out_sequences(other, pair, 16) == (100, None)
-    own = compose_evaluation(finished, pair, [*wanted, "data.val_split=validation"])
-    assert held_out_sequences(own, pair, 16) == (100, None)
-
-
-def test_a_stream_is_capped_in_tokens_without_eval_tokens_too(finished):
-    """Training held out 16 sequences of 16 tokens: 256 tokens, whatever the length and the number asked for."""
-    pair = read(finished / "sae_pair" / "config.json")
-    pair["data"] |= {"streaming": True, "source": "hub", "name": "x", "path": None, "document_separator": None}
-
-    def held_out(*overrides):
-        return held_out_sequences(compose_evaluation(finished, pair, overrides), pair, 32)
-
-    assert held_out() == (16, None)
-    count, remark = held_out("data.val_sequences=17")
-    assert count == 16 and remark.startswith("data.val_sequences: 17 asked for") and "first 256 tokens" in remark
-    assert held_out("data.context_length=24")[0] == 10
-    assert held_out("data.context_length=null")[0] == 8
-    assert held_out("data.context_length=8", "eval.tokens=256") == (32, None)
-    assert held_out("data.context_length=8", "eval.tokens=257")[0] == 32
-    assert held_out("data.context_length=24", "data.name=another") == (16, None)
-    with pytest.raises(UserError, match=r"data\.context_length: 257.*first 256 tokens"):
-        held_out("data.context_length=257")
-
-
-def test_the_data_of_training_are_known_under_other_names(finished, monkeypatch):
-    """Otherwise what was trained on would be judged."""
-    pair = read(finished / "sae_pair" / "config.json")
-    rows = finished / "metrics.json"
-    pair["data"] |= {"streaming": True, "source": "jsonl", "path": str(rows), "document_separator": None}
-    monkeypatch.chdir(finished)
-    for path in ("metrics.json", "./metrics.json", f"{finished}/../run/metrics.json"):
-        cfg = compose_evaluation(finished, pair, [f"data.path={path}", "eval.tokens=1600"])
-        assert held_out_sequences(cfg, pair, 16)[0] == 16
-        assert held_out_as_in_training(cfg, pair) is pair["data"]
-    pair["data"]["path"] = "metrics.json"  # as older exports have it
-    assert held_out_sequences(compose_evaluation(finished, pair, ["eval.tokens=1600"]), pair, 16)[0] == 16
-    other = compose_evaluation(finished, pair, ["data.path=status.json", "eval.tokens=1600"])
-    assert held_out_sequences(other, pair, 16)[0] == 100 and held_out_as_in_training(other, pair) is None
-    pair["data"] |= {"source": "hub", "name": "x", "path": None, "train_split": "train[:50%]"}
-    for given in ("data.revision=main", "data.train_split=train"):
-        cfg = compose_evaluation(finished, pair, [given, "eval.tokens=1600"])
-        assert held_out_sequences(cfg, pair, 16)[0] == 16
-
-
-@pytest.mark.parametrize(
-    ("trained", "override"),
-    [
-        ({}, "data.text_column=body"),
-        ({}, "data.val_fraction=0.5"),
-        ({"val_split": "validation"}, "data.val_split=null"),
-        ({"streaming": True}, "data.streaming=false"),
-        ({}, "data.document_separator=null"),
-    ],
-)
-def test_what_training_held_out_otherwise_is_refused(finished, trained, override):
-    pair = read(finished / "sae_pair" / "config.json")
-    pair["data"] |= {"source": "hub", "name": "x", "path": None, "document_separator": None} | trained
-    if "separator" in override:
-        here = str(finished / "metrics.json")
-        pair["data"] |= {"source": "text", "path": here, "name": None, "document_separator": "---"}
-    cfg = compose_evaluation(finished, pair, [override])
-    with pytest.raises(UserError, match=rf"{override.split('=')[0]}: .* but the pair was trained on these data"):
-        held_out_sequences(cfg, pair, 16)
-    pair["data"]["train_split"] = "another"
-    assert held_out_sequences(cfg, pair, 16) == (16, None)
+def test_a_stream_s_rows_of_training_are_not_judged_at_another_length(copy, caplog):
+    """Training held out 8 sequences of 16 tokens, two of each row: 5 rows of 24 would be as many tokens."""
+    rows = copy / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"input_ids": [10 + row] * 40}) + "\n" for row in range(200)))
+    path = copy / "sae_pair" / "config.json"
+    config = read(path)
+    config["data"] |= {"source": "jsonl", "path": str(rows), "streaming": True, "document_separator": None}
+    path.write_text(json.dumps(config | {"data": config["data"] | {"val_sequences": 8}}))
+    options = ["eval.tokens=1600", "data.context_length=24", "eval.parts=[figures]"]
+    evaluation = read(evaluate_folder(copy, options))["evaluation"]
+    assert (evaluation["sequences"], evaluation["tokens"]) == (4, 96)
+    assert evaluation["remark"].endswith("5 sequences of 24 tokens are used, or rather 4, as it held out whole rows")
+    assert evaluation["remark"] in caplog.messages
 
 
 def test_a_run_and_its_export_are_judged_at_the_same_positions(copy, tmp_path):

@@ -7,7 +7,14 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from jsae_lightning.errors import UserError
-from jsae_lightning.launch import RECORD, command_to_go_on, options_first, quoted, resumed_arguments
+from jsae_lightning.launch import (
+    RECORD,
+    command_to_go_on,
+    options_first,
+    quoted,
+    resumed_arguments,
+    with_absolute_paths,
+)
 
 NAMES = [
     "run",
@@ -73,6 +80,27 @@ def test_where_configurations_lie_is_kept_unless_it_is_given_again(tmp_path):
     assert resumed_arguments(go_on) == kept
     other = [*go_on, "hydra.searchpath=[file:///b]"]
     assert resumed_arguments(other) == ["--config-dir=own", "sae.k=2", "hydra.mode=RUN", *other]
+
+
+def test_paths_that_were_given_in_another_folder_are_found(tmp_path):
+    (tmp_path / "then" / "saved").mkdir(parents=True)
+    before = [
+        "model.path=models/x", "data.path='d/*.jsonl'", "data.cache_dir=/cache", "data.name=saved", "sae.k=2",
+    ]  # fmt: skip
+    record(tmp_path / "run", before)
+    path = tmp_path / "run" / RECORD
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"cwd": str(tmp_path / "then")}))
+    found = resumed_arguments(["ckpt_path=auto", f"hydra.run.dir={tmp_path / 'run'}"])
+    assert found[:5] == [
+        f"model.path={tmp_path}/then/models/x",
+        f"data.path='{tmp_path}/then/d/*.jsonl'",
+        "data.cache_dir=/cache",
+        f"data.name={tmp_path}/then/saved",
+        "sae.k=2",
+    ]
+    assert with_absolute_paths(["data.name=wikitext", "ckpt_path=auto", "data.path=~/x"], tmp_path) == [
+        "data.name=wikitext", "ckpt_path=auto", "data.path=~/x",
+    ]  # fmt: skip
 
 
 def test_to_go_on_with_nothing_is_refused(tmp_path):
