@@ -15,13 +15,14 @@ from jsae_lightning.architecture import read_architecture
 from jsae_lightning.building import quiet_libraries
 from jsae_lightning.checkpoint import check_mlp_hash, in_one_precision, load_pair
 from jsae_lightning.config import model_arguments
-from jsae_lightning.data import MAX_CONTEXT_LENGTH, ActivationDataModule
+from jsae_lightning.data import ActivationDataModule
 from jsae_lightning.distributed import rank_and_world_size
 from jsae_lightning.errors import UserError
 from jsae_lightning.evaluate_config import data_settings, held_out_as_in_training, held_out_sequences
 from jsae_lightning.held_out import HeldOut
 from jsae_lightning.jacobians import EdgePenalty, edge_penalty
 from jsae_lightning.penalties import make_penalty
+from jsae_lightning.sequence_maker import MAX_CONTEXT_LENGTH
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data_factories import EOS, NumberTokenizer, data_settings, tagged_texts, tagged_tokens
-from jsae_lightning import data as data_module
+from jsae_lightning import sequence_maker
 from jsae_lightning.data import ActivationDataModule, make_data_config
 from jsae_lightning.errors import UserError
 from jsae_lightning.language_model import LanguageModel
@@ -43,13 +43,13 @@ def surroundings(tmp_path_factory, monkeypatch):
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets_cache"))
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(data_module, "_MIN_TOKENS_IN_MEMORY", 256)
+    monkeypatch.setattr(sequence_maker, "_MIN_TOKENS_IN_MEMORY", 256)
 
 
 @pytest.fixture
 def number_tokenizer(monkeypatch):
     """The tokenizer of tagged texts, in place of the model's."""
-    monkeypatch.setattr(data_module, "load_tokenizer", lambda *_, **__: NumberTokenizer())
+    monkeypatch.setattr(sequence_maker, "load_tokenizer", lambda *_, **__: NumberTokenizer())
 
 
 def make(model_dir, *, seed=0, num=10, rank_tokens=32, rank=0, world_size=1, trained_with=None, **changes):
