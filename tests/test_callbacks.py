@@ -28,6 +28,7 @@ from jsae_lightning.callbacks import (
     jacobian_histograms,
 )
 from jsae_lightning.callbacks.throughput import paused
+from jsae_lightning.checkpoint import read_checkpoint
 from jsae_lightning.errors import UserError
 from jsae_lightning.figures import jacobian_heat_map, printable, token_title
 from jsae_lightning.loggers import ResumableCSVLogger, ResumableTensorBoardLogger
@@ -152,10 +153,29 @@ def evaluation(every_n_steps: int | None = 2) -> InTrainingEvaluation:
     )
 
 
-def checkpointing(folder: Path, every_n_steps: int | None = None) -> Checkpointing:
+def checkpointing(
+    folder: Path, every_n_steps: int | None = None, best_metric: str | None = None, best_mode: str = "min"
+) -> Checkpointing:
     return Checkpointing(
-        str(folder / "checkpoints"), every_minutes=None, every_n_steps=every_n_steps, best_metric=None, best_mode="min"
+        str(folder / "checkpoints"),
+        every_minutes=None,
+        every_n_steps=every_n_steps,
+        best_metric=best_metric,
+        best_mode=best_mode,
     )
+
+
+def saved_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps at which a checkpoint is written, as they come."""
+    steps: list[int] = []
+    save = Trainer.save_checkpoint
+
+    def note(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        steps.append(trainer.global_step)
+        save(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "save_checkpoint", note)
+    return steps
 
 
 def read_board(folder: Path) -> EventAccumulator:
@@ -304,6 +324,28 @@ def test_a_run_that_stops_early_is_evaluated_at_its_end(tmp_path: Path) -> None:
     assert scalar_steps(tmp_path, "val/loss") == [2, 3]
     images = read_board(tmp_path).Images("jacobian_heat_map/0_abs")
     assert [image.step for image in images] == [2, 3]
+
+
+@pytest.mark.parametrize("best_mode", ["min", "max"])
+def test_the_end_is_saved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, best_mode: str) -> None:
+    steps = saved_steps(monkeypatch)
+    fit(tmp_path, [evaluation(2), checkpointing(tmp_path, best_metric="val/loss", best_mode=best_mode)], steps=4)
+    # the loss falls: the last evaluation is the best of one mode, the first of the other
+    assert steps == [2, 4]
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    (best,) = last.parent.glob("step_*.ckpt")
+    assert best.name == {"min": "step_0000004.ckpt", "max": "step_0000002.ckpt"}[best_mode]
+    assert last.samefile(best) == (best_mode == "min")  # two names of one file take the disk once
+
+
+def test_an_evaluation_after_the_save_of_the_same_step_is_saved_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = saved_steps(monkeypatch)
+    fit(tmp_path, [evaluation(2), StopAt(3), checkpointing(tmp_path, every_n_steps=1)], steps=6)
+    assert steps == [1, 2, 3, 3]
+    state = read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
+    assert state["callbacks"]["InTrainingEvaluation"] == {"logged_step": 3}
 
 
 @pytest.mark.usefixtures("quick_maps")

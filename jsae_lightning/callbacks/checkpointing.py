@@ -54,7 +54,7 @@ class Checkpointing(Checkpoint):
         self.every_minutes, self.every_n_steps = every_minutes, every_n_steps
         self.best_metric, self.sign = best_metric, 1.0 if best_mode == "max" else -1.0
         self.best_score, self.best_step, self.saved_step = float("-inf"), -1, -1
-        self._saved_at = time.monotonic()
+        self._saved_at, self._saved_evaluation = time.monotonic(), -1
 
     def state_dict(self) -> dict[str, Any]:
         """The best score so far and its step."""
@@ -89,8 +89,11 @@ class Checkpointing(Checkpoint):
             self._save(trainer, step, is_best)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Save the final state; the last evaluation may make it the best."""
-        self._save(trainer, trainer.global_step, self._is_best(trainer, trainer.global_step))
+        """Save the final state unless it is saved already; the last evaluation may make it the best."""
+        step = trainer.global_step
+        is_best = self._is_best(trainer, step)
+        if is_best or (step, self._evaluated_step(trainer)) != (self.saved_step, self._saved_evaluation):
+            self._save(trainer, step, is_best)
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
@@ -121,8 +124,7 @@ class Checkpointing(Checkpoint):
         return bool(trainer.strategy.broadcast(late))
 
     def _is_best(self, trainer: lightning.Trainer, step: int) -> bool:
-        evaluation = next((c for c in trainer.callbacks if hasattr(c, "last_step")), None)  # type: ignore[attr-defined]
-        if self.best_metric is None or evaluation is None or evaluation.last_step != step or self.best_step == step:
+        if self.best_metric is None or self._evaluated_step(trainer) != step or self.best_step == step:
             return False
         if self.best_metric not in trainer.callback_metrics:
             known = ", ".join(sorted(name for name in trainer.callback_metrics if not name.startswith("train/")))
@@ -132,6 +134,11 @@ class Checkpointing(Checkpoint):
             return False
         self.best_score, self.best_step = score, step
         return True
+
+    @staticmethod
+    def _evaluated_step(trainer: lightning.Trainer) -> int:
+        """Return the step of the last evaluation; -1: there was none."""
+        return next((c.last_step for c in trainer.callbacks if hasattr(c, "last_step")), -1)  # type: ignore[attr-defined]
 
     def _save(self, trainer: lightning.Trainer, step: int, is_best: bool) -> None:
         trainer.lightning_module.check_finite()  # type: ignore[operator]
@@ -145,6 +152,7 @@ class Checkpointing(Checkpoint):
                 self._link_best(last)
                 self._tidy_best(step)
         self._saved_at, self.saved_step = time.monotonic(), step
+        self._saved_evaluation = self._evaluated_step(trainer)
 
     def _best_path(self, step: int) -> Path:
         return self.dirpath / f"step_{step:07d}.ckpt"
