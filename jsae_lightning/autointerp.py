@@ -45,7 +45,8 @@ from jsae_lightning.contexts import (
 from jsae_lightning.distributed import all_reduce_sum, rank_and_world_size
 from jsae_lightning.edge_accumulator import LatentStatistics
 from jsae_lightning.errors import UserError
-from jsae_lightning.graph import SIDES, latents_of, sequences_of
+from jsae_lightning.evaluation_progress import followed
+from jsae_lightning.graph import SIDES, followed_sequences, latents_of
 from jsae_lightning.graph_files import write_jsonl
 from jsae_lightning.grouped_evaluation import spaced
 from jsae_lightning.held_out import HeldOut
@@ -102,7 +103,7 @@ def export_autointerp(
                 writer.record(latent, totals[side], windows["top"][side], windows["sample"][side], around)
                 for latent, around in zip(chosen[side].tolist(), random_windows[side].cpu(), strict=True)
             )
-            write_jsonl(paths[side], records)
+            write_jsonl(paths[side], followed(records, f"autointerp: {side}", len(chosen[side]), "latents"))
     return paths
 
 
@@ -142,7 +143,7 @@ def _first_pass(
     statistics = {side: LatentStatistics(width, device) for side, width in widths.items()}
     top = {side: TopContexts(width, examples, device) for side, width in widths.items()}
     sample = {side: TopContexts(width, examples * quantiles, device) for side, width in widths.items()}
-    for sequence in sequences_of(held_out, mask.any(dim=1)):
+    for sequence in followed_sequences(held_out, mask.any(dim=1), "autointerp: examples"):
         counts = mask[sequence.number].to(device)[sequence.position]
         position = sequence.position[counts]
         for side, found in latents_of(held_out, sequence.mlp_in[counts]).items():
@@ -169,7 +170,7 @@ def _second_pass(
     windows = {name: {side: Windows(tables[name][side]) for side in SIDES} for name in tables}
     around = {side: torch.zeros(len(chosen[side]), len(pool), BEFORE + 1 + AFTER, device=device) for side in SIDES}
     pool = pool.to(device)
-    for sequence in sequences_of(held_out, mask.any(dim=1)):
+    for sequence in followed_sequences(held_out, mask.any(dim=1), "autointerp: windows"):
         for side, found in latents_of(held_out, sequence.mlp_in).items():
             for name in tables:
                 windows[name][side].read(found, sequence.number, sequence.position)

@@ -3,13 +3,17 @@
 import logging
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from types import TracebackType
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jsae_lightning.distributed import rank_and_world_size
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -53,3 +57,11 @@ class EvaluationProgress:
             seconds = (self._shown_at - self._began_at) / max(1, self._done) * (self._total - self._done)
             left = timedelta(seconds=round(seconds))
             log.info("%s: %d/%d %s  left %s", self._name, self._done, self._total, self._unit, left)
+
+
+def followed(items: Iterable[T], name: str, total: int, unit: str) -> Iterator[T]:
+    """Yield the items, `total` of them, and show how many the loop over them is done with."""
+    with EvaluationProgress(name, total, unit) as progress:
+        for item in items:
+            yield item
+            progress.advance(1)

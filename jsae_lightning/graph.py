@@ -26,7 +26,7 @@ from jsae_lightning.distributed import all_reduce_sum, rank_and_world_size
 from jsae_lightning.edge_accumulator import MAX_PAIRS, EdgeAccumulator, LatentStatistics, gather_on_first_rank
 from jsae_lightning.edge_contexts import EdgeContexts
 from jsae_lightning.errors import UserError
-from jsae_lightning.evaluation_progress import EvaluationProgress
+from jsae_lightning.evaluation_progress import followed
 from jsae_lightning.graph_files import GRAPHML_EDGES, load_graph, read_edges
 from jsae_lightning.graph_summary import FIGURES, GraphSummary, summarize_graph
 from jsae_lightning.grouped_evaluation import spaced
@@ -138,12 +138,9 @@ def _share_of(held_out: HeldOut, wanted: Bool[Tensor, " sequences"]) -> list[int
     return [number for number in range(rank, len(held_out.tokens), world_size) if wanted[number]]
 
 
-def _followed(held_out: HeldOut, wanted: Bool[Tensor, " sequences"], name: str) -> Iterator[Sequence]:
+def followed_sequences(held_out: HeldOut, wanted: Bool[Tensor, " sequences"], name: str) -> Iterator[Sequence]:
     """Yield what `sequences_of` does, and show how far the pass `name` is."""
-    with EvaluationProgress(name, len(_share_of(held_out, wanted)), "sequences") as progress:
-        for sequence in sequences_of(held_out, wanted):
-            yield sequence
-            progress.advance(1)
+    return followed(sequences_of(held_out, wanted), name, len(_share_of(held_out, wanted)), "sequences")
 
 
 def latents_of(held_out: HeldOut, x: Float[Tensor, "tokens d_model"]) -> dict[str, Latents]:
@@ -171,7 +168,7 @@ def _first_pass(
     widths = {side: sae.d_sae for side, sae in pair.named_saes()}
     statistics = {side: LatentStatistics(width, device) for side, width in widths.items()}
     top = {side: TopContexts(width, n, device) for side, width in widths.items()}
-    for sequence in _followed(held_out, mask.any(dim=1), "graph: edges"):
+    for sequence in followed_sequences(held_out, mask.any(dim=1), "graph: edges"):
         counts = mask[sequence.number].to(device)[sequence.position]
         x, position = sequence.mlp_in[counts], sequence.position[counts]
         latents = latents_of(held_out, x)
@@ -194,7 +191,7 @@ def _second_pass(
 ) -> dict[str, Windows]:
     """Read the windows of the top contexts, and find and read those of the top edges, merged over ranks."""
     windows = {side: Windows(top[side]) for side in SIDES}
-    for sequence in _followed(held_out, mask.any(dim=1), "graph: contexts"):
+    for sequence in followed_sequences(held_out, mask.any(dim=1), "graph: contexts"):
         latents = latents_of(held_out, sequence.mlp_in)
         for side in SIDES:
             windows[side].read(latents[side], sequence.number, sequence.position)
@@ -224,13 +221,14 @@ def _write(
     """Write all files but `edges.parquet`, which is there already."""
     text = TokenText(held_out.tokenizer)
     graph_files.write_latents(target / graph_files.LATENTS, totals)
+    records = (
+        record
+        for side in SIDES
+        for record in context_records(held_out, text, side, totals[side]["count"], top[side], windows[side])
+    )
+    num_latents = sum(len(totals[side]["count"]) for side in SIDES)
     graph_files.write_jsonl(
-        target / "contexts.jsonl",
-        (
-            record
-            for side in SIDES
-            for record in context_records(held_out, text, side, totals[side]["count"], top[side], windows[side])
-        ),
+        target / "contexts.jsonl", followed(records, "graph: contexts written", num_latents, "latents")
     )
     figures = [
         {"output": int(i), "input": int(j), "mean_abs": rounded([a])[0], "mean": rounded([m])[0], "count": int(n)}

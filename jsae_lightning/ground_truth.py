@@ -33,6 +33,7 @@ from torch import Tensor
 from jsae_lightning.checkpoint import load_run
 from jsae_lightning.distributed import all_reduce_sum, rank_and_world_size
 from jsae_lightning.errors import UserError
+from jsae_lightning.evaluation_progress import EvaluationProgress
 from jsae_lightning.frozen_mlp import FrozenMLP
 from jsae_lightning.held_out import HeldOut
 from jsae_lightning.jacobian_metrics import effective_edges
@@ -107,7 +108,10 @@ def group_sums(
     mine = torch.arange(rank, len(held_out.tokens), world_size)
     sums = [zero_sums(pair, model.computation) for _ in range(num_groups)]
     size = max(pair.input_sae.d_sae, model.spec.n_in) * max(pair.output_sae.k, model.spec.n_out)
-    with torch.autocast(model.device.type, enabled=False):
+    with (
+        torch.autocast(model.device.type, enabled=False),
+        EvaluationProgress("ground truth", len(mine), "sequences") as progress,
+    ):
         for batch in mine.split(held_out.batch_sequences):
             tokens, included = held_out.tokens[batch].to(model.device), held_out.included[batch].to(model.device)
             mlp_in, features = model.mlp_in(tokens), model.features(tokens)
@@ -117,6 +121,7 @@ def group_sums(
                 for x, s in zip(chunks(mlp_in[chosen], size), chunks(features[chosen], size), strict=True):
                     part = ground_truth_sums(pair, held_out.mlp, model.computation, x, s, *matchings, at=held_out.at)
                     sums[g] = add_sums(sums[g], part)
+            progress.advance(len(batch))
     # Process groups reduce on the device that they were made for.
     flat = {f"{g} {key}": value.to(model.device) for g, part in enumerate(sums) for key, value in part.items()}
     total = {key: value.cpu() for key, value in all_reduce_sum(flat).items()}

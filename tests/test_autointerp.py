@@ -55,6 +55,15 @@ def test_export_against_dense_activations(tmp_path):
     assert not_active > 0
 
 
+def test_passes_and_writing_say_how_far_they_are(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        export_autointerp(make_held_out(sequences=6, seq=10), tmp_path, latents=3, examples=2)
+    for name in ("examples", "windows"):
+        assert f"autointerp: {name}: 6/6 sequences  left 0:00:00" in caplog.messages
+    for side in ("input", "output"):
+        assert f"autointerp: {side}: 3/3 latents  left 0:00:00" in caplog.messages
+
+
 def test_latents_are_drawn_and_batches_do_not_matter(tmp_path):
     contents = []
     for batch_sequences in (1, 4):

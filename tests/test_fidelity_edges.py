@@ -223,6 +223,17 @@ def test_shards_add_up_and_batches_do_not_matter():
             torch.testing.assert_close(total[key], value, msg=key)
 
 
+def test_both_passes_say_how_far_they_are(caplog):
+    with caplog.at_level("INFO"):
+        run_fidelity(dense(), DOCUMENT, **SETTINGS)
+    last = [message for message in caplog.messages if message.startswith("fidelity") and message.endswith("0:00:00")]
+    # E = 0, 1, 2, 4, 8, 16, 20 for three sequences in two batches: 3 + 4 rankings x 5 passes a batch
+    assert last == [
+        "fidelity: pairs of latents: 3/3 sequences  left 0:00:00",
+        "fidelity: edge curves: 46/46 forward passes  left 0:00:00",
+    ]
+
+
 def test_means_come_from_other_documents():
     """Of the three sequences that are not the curves', one ends in a document of theirs; then all do."""
     chosen = make_plan(dense(), DOCUMENT, **SETTINGS).curve_sequences

@@ -208,11 +208,13 @@ def test_batches_and_the_order_of_sequences_do_not_matter(tmp_path):
         assert a[3:] == pytest.approx(b[3:], abs=1e-9)
 
 
-def test_both_passes_say_how_far_they_are(tmp_path, caplog):
+def test_passes_and_writing_say_how_far_they_are(tmp_path, caplog):
     with caplog.at_level("INFO"):
         run_graph(make_held_out(), tmp_path, **SETTINGS)
     for name in ("edges", "contexts"):
         assert f"graph: {name}: 5/5 sequences  left 0:00:00" in caplog.messages
+    num_latents = len(graph_module.graph_files.read_latents(tmp_path))
+    assert f"graph: contexts written: {num_latents}/{num_latents} latents  left 0:00:00" in caplog.messages
 
 
 def test_networkx_and_graphml(tmp_path):

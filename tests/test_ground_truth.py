@@ -400,16 +400,20 @@ def test_sums_of_groups_add_up_to_the_whole():
     assert figures == pytest.approx(run_ground_truth(held_out).figures)
 
 
-def test_ranks_share_the_sequences_out(monkeypatch):
+def test_ranks_share_the_sequences_out(monkeypatch, caplog):
     model = _model()
     held_out = _held_out(_pair(model), model)
     matchings, group = matchings_of(held_out), torch.zeros_like(held_out.tokens)
     (whole,) = group_sums(held_out, matchings, group, 1)
     total: dict[str, torch.Tensor] = {}
+    num_sequences = len(held_out.tokens)
+    caplog.set_level("INFO")
     for rank in range(3):
         monkeypatch.setattr(ground_truth, "rank_and_world_size", lambda rank=rank: (rank, 3))
         (part,) = group_sums(held_out, matchings, group, 1)
         assert part["tokens"] == 16 * 63
+        share = len(range(rank, num_sequences, 3))
+        assert caplog.messages[-1] == f"ground truth: {share}/{share} sequences  left 0:00:00"
         total = add_sums(total, part)
     for key, value in whole.items():
         torch.testing.assert_close(total[key], value)

@@ -5,12 +5,14 @@ Entries named `group/...` have the groups of documents as their first dimension.
 sequence) only, so sums depend neither on batches nor on shards.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from jsae_lightning.evaluation_progress import EvaluationProgress
 from jsae_lightning.fidelity import ablation, curvature, edge_curves, linearity
 from jsae_lightning.fidelity.edge_ranking import RANKINGS, edge_numbers
 from jsae_lightning.fidelity.points import Points, batches, draw_entries, points_at
@@ -67,8 +69,12 @@ def pair_sums(plan: Plan, shard: tuple[int, int]) -> Sums:
     number = (plan.pair_mask.flatten().cumsum(0) - 1).view_as(plan.pair_mask)  # of each token among those of the pass
     rows = -(-int(plan.pair_mask.sum()) // plan.sample_every)
     sums = _zero_pair_sums(plan, rows)
-    with torch.autocast(device.type, enabled=False):
-        for batch in batches(plan.pair_sequences[rank::world_size], held_out.batch_sequences):
+    share = plan.pair_sequences[rank::world_size]
+    with (
+        torch.autocast(device.type, enabled=False),
+        EvaluationProgress("fidelity: pairs of latents", len(share), "sequences") as progress,
+    ):
+        for batch in batches(share, held_out.batch_sequences):
             mask = plan.pair_mask[batch]
             draws, random = (_draw(plan, batch, name)[mask].to(device) for name in ("entry", "edge"))
             mlp_in = held_out.language_model.mlp_in(held_out.tokens[batch].to(device)).to(dtype)[mask.to(device)]
@@ -79,6 +85,7 @@ def pair_sums(plan: Plan, shard: tuple[int, int]) -> Sums:
                 start += len(x)
                 points = points_at(pair, held_out.mlp, x, held_out.at)
                 sums = add_sums(sums, _studied(plan, points, draws[some], random[some], group[some], index[some], rows))
+            progress.advance(len(batch))
     return sums
 
 
@@ -88,10 +95,22 @@ def curve_sums(plan: Plan, means: Float[Tensor, "rankings prefixes d_sae"], shar
     held_out, (rank, world_size) = plan.held_out, shard
     device = held_out.pair.input_sae.W_enc.device
     sums = _zero_curve_sums(plan)
-    with torch.autocast(device.type, enabled=False):
-        for batch in batches(plan.curve_sequences[rank::world_size], held_out.batch_sequences):
-            sums = add_sums(sums, _curves_of_batch(plan, means, batch))
+    parts = list(batches(plan.curve_sequences[rank::world_size], held_out.batch_sequences))
+    with (
+        torch.autocast(device.type, enabled=False),
+        EvaluationProgress("fidelity: edge curves", len(parts) * spliced_passes(plan), "forward passes") as progress,
+    ):
+        for batch in parts:
+            sums = add_sums(sums, _curves_of_batch(plan, means, batch, progress.advance))
     return sums
+
+
+def spliced_passes(plan: Plan) -> int:
+    """Forward passes with an output spliced in that a batch of the curves takes: the SAE's, none, all, and some edges'.
+
+    Some edges are others in every ranking.
+    """
+    return 3 + len(RANKINGS) * (len(plan.numbers) - 2)
 
 
 def pair_cost(plan: Plan) -> int:
@@ -155,7 +174,9 @@ def _studied(
     return sums
 
 
-def _curves_of_batch(plan: Plan, means: Float[Tensor, "rankings prefixes d_sae"], batch: list[int]) -> Sums:
+def _curves_of_batch(
+    plan: Plan, means: Float[Tensor, "rankings prefixes d_sae"], batch: list[int], advance: Callable[[int], None]
+) -> Sums:
     held_out, pair, model = plan.held_out, plan.held_out.pair, plan.held_out.language_model
     device, dtype = pair.input_sae.W_enc.device, pair.input_sae.W_enc.dtype
     tokens, included = held_out.tokens[batch].to(device), held_out.included[batch].to(device)
@@ -182,6 +203,7 @@ def _curves_of_batch(plan: Plan, means: Float[Tensor, "rankings prefixes d_sae"]
 
     def losses(y: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "losses positions"]:
         logits = model.logits(tokens, replace_mlp_out=splice_at(included, lambda old: y.to(old.dtype)))
+        advance(1)
         return edge_curves.position_losses(logits, clean, tokens, positions)
 
     true = torch.cat([mlp_in[:0], *(pair.output_sae.decode(points.latents_out) for points in studied)])
