@@ -24,6 +24,7 @@ sequence, position, document}; a window is that of `contexts`.
 """
 
 import argparse
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,6 +33,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from jsae_lightning.console import log_to_stdout
 from jsae_lightning.contexts import (
     AFTER,
     BEFORE,
@@ -249,9 +251,9 @@ class _Writer:
 
 def load_held_out(run: Path, overrides: list[str]) -> HeldOut:
     """Return the held-out tokens, model and pair of a run, as `jsae-eval RUN` loads them."""
-    from jsae_lightning.checkpoint import find_export, read_pair_config
     from jsae_lightning.evaluate_config import compose_evaluation
     from jsae_lightning.evaluation_setup import prepare_held_out
+    from jsae_lightning.exported_pairs import find_export, read_pair_config
 
     export = find_export(run)
     pair_config = read_pair_config(export)
@@ -269,6 +271,7 @@ def main() -> None:
             path = write_scores(load_scores(given.load_scores), folder / FOLDER / "scores.jsonl")
             print(f"scores: {path}", flush=True)
             return
+        log_to_stdout(logging.INFO)
         held_out = load_held_out(given.run, given.overrides)
         paths = export_autointerp(held_out, folder, latents=given.latents, examples=given.examples)
         print("\n".join(f"{side} latents: {path}" for side, path in paths.items()), flush=True)

@@ -13,14 +13,12 @@ from torch import Tensor
 
 from jsae_lightning.atomic_files import atomic_file, atomic_folder
 from jsae_lightning.errors import UserError
+from jsae_lightning.exported_pairs import FORMAT_VERSION, SAES, find_export, read_pair_config
 from jsae_lightning.frozen_mlp import FrozenMLP
 from jsae_lightning.sae import SAEPair
 
 if TYPE_CHECKING:
     from jsae_lightning.language_model import LanguageModel
-
-FORMAT_VERSION = 1
-_SAES = ("input_sae", "output_sae")
 
 
 def save_pair(pair: SAEPair, folder: str | Path, *, metadata: dict[str, Any] | None = None) -> Path:
@@ -59,7 +57,7 @@ def load_pair(folder: str | Path, *, device: str | torch.device = "cpu") -> SAEP
     """
     folder = Path(folder)
     config = read_pair_config(folder)
-    shapes = [config[name] for name in _SAES]
+    shapes = [config[name] for name in SAES]
     pair = SAEPair(
         shapes[0]["d_model"],
         shapes[0]["d_sae"],
@@ -73,27 +71,6 @@ def load_pair(folder: str | Path, *, device: str | torch.device = "cpu") -> SAEP
     pair = pair.to(tensors["input_sae.W_dec"].dtype)
     pair.load_state_dict(tensors)
     return pair.to(device)
-
-
-def read_pair_config(folder: Path) -> dict[str, Any]:
-    """Return an export's `config.json`, checked."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such file: give the folder of an exported pair (sae_pair/ of a run)")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: is no valid JSON ({error}): export the pair again") from error
-    if config.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"{path}: format_version {config.get('format_version')} is not {FORMAT_VERSION}: "
-            "use the package version that wrote it"
-        )
-    for name in _SAES:
-        for key in ("d_model", "d_sae", "k", "subtract_b_dec"):
-            if key not in config.get(name, {}):
-                raise UserError(f"{path}: {name}.{key} is missing: export the pair again")
-    return config
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -127,7 +104,7 @@ def _model_card(config: dict[str, Any]) -> str:
     model, jacobian = config.get("model", {}), config.get("jacobian", {})
     rows = "\n".join(
         f"| {name.split('_')[0]} SAE | {config[name]['d_model']} | {config[name]['d_sae']} | {config[name]['k']} |"
-        for name in _SAES
+        for name in SAES
     )
     lines = [
         "---",
@@ -222,13 +199,6 @@ def in_one_precision(pair: SAEPair, mlp: FrozenMLP) -> tuple[SAEPair, FrozenMLP]
     pair = pair.to(torch.promote_types(pair.input_sae.W_dec.dtype, torch.float32))
     dtype = pair.input_sae.W_dec.dtype
     return pair, mlp if mlp.W_in.dtype == dtype else copy.deepcopy(mlp).to(dtype)
-
-
-def find_export(folder: Path) -> Path:
-    """Return the folder of the exported pair: `sae_pair/` of a run, or the folder itself; UserError if it is none."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder: give a run's folder or an exported pair's")
-    return folder / "sae_pair" if (folder / "sae_pair").is_dir() else folder
 
 
 def check_mlp_hash(mlp: FrozenMLP, model: dict[str, Any]) -> None:

@@ -21,8 +21,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from omegaconf import DictConfig
+
 from jsae_lightning.atomic_files import atomic_folder, remove_stale_folders
 from jsae_lightning.config import config_dir
+from jsae_lightning.console import log_to_stdout
 from jsae_lightning.errors import UserError
 from jsae_lightning.evaluate_config import (
     compose_evaluation,
@@ -31,6 +34,7 @@ from jsae_lightning.evaluate_config import (
     parts,
     settings,
 )
+from jsae_lightning.exported_pairs import find_export, read_pair_config
 from jsae_lightning.help import eval_help_text
 from jsae_lightning.lasting_imports import lasting_imports
 from jsae_lightning.launch import exit_codes
@@ -57,9 +61,10 @@ def main() -> None:
 
             compare_folders(given.folders, given.overrides, out=given.out, config_dirs=given.config_dirs)
         else:
+            request = _request(given.folders[0], given.overrides, out=given.out, config_dirs=given.config_dirs)
             with lasting_imports():
                 import_module("jsae_lightning.evaluation_setup")
-            path = evaluate(given.folders[0], given.overrides, out=given.out, config_dirs=given.config_dirs)
+            path = _evaluate(request)
             if is_rank_zero():
                 show([path.with_name("eval.md").read_text(encoding="utf-8"), f"results: {path}"])
 
@@ -79,18 +84,16 @@ def evaluate_folder(folder: str | Path, overrides: Sequence[str] = (), *, config
     Raises:
         UserError: everything that is wrong with the folder, the overrides, the data or the model.
     """
-    from jsae_lightning.checkpoint import find_export, read_pair_config
     from jsae_lightning.evaluation_files import EVAL_JSON, read_record
 
-    folder = Path(folder)
-    export = find_export(folder)
-    cfg = compose_evaluation(folder, read_pair_config(export), overrides, config_dirs)
-    path = Path(cfg.eval.out or folder / "eval") / EVAL_JSON
+    request = _request(folder, overrides, config_dirs=config_dirs)
+    path = request.target / EVAL_JSON
     if path.is_file() and (path.parent / "groups.safetensors").is_file():
         earlier = read_record(path)["evaluation"]
-        if covers(earlier, overrides, cfg) and earlier["pair_hash"] == _file_hash(export / "model.safetensors"):
+        pair_hash = _file_hash(request.export / "model.safetensors")
+        if covers(earlier, overrides, request.cfg) and earlier["pair_hash"] == pair_hash:
             return path
-    return evaluate(folder, overrides, config_dirs=config_dirs)
+    return _evaluate(request)
 
 
 def evaluate(
@@ -101,22 +104,46 @@ def evaluate(
     With several ranks all must call it; rank 0 alone writes. Arguments as for `evaluate_folder`; `out` is
     another name for the override `eval.out`.
     """
-    from jsae_lightning.checkpoint import find_export, read_pair_config
+    return _evaluate(_request(folder, overrides, out=out, config_dirs=config_dirs))
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is to be judged, and how."""
+
+    folder: Path
+    """A run's or an exported pair's."""
+    export: Path
+    """The exported pair's folder."""
+    pair_config: dict[str, Any]
+    cfg: DictConfig
+    target: Path
+    """The folder of the results."""
+
+
+def _request(
+    folder: str | Path, overrides: Sequence[str], *, out: str | None = None, config_dirs: Sequence[str] = ()
+) -> _Request:
+    """Read the pair's `config.json` and compose the configuration, without importing torch."""
+    folder = Path(folder)
+    export = find_export(folder)
+    pair_config = read_pair_config(export)
+    cfg = compose_evaluation(folder, pair_config, overrides, config_dirs)
+    return _Request(folder, export, pair_config, cfg, Path(out or cfg.eval.out or folder / "eval"))
+
+
+def _evaluate(request: _Request) -> Path:
     from jsae_lightning.distributed import rank_and_world_size
     from jsae_lightning.evaluation_files import EVAL_JSON, check_output, write_evaluation
     from jsae_lightning.evaluation_parts import Task, merge, run_part, runnable_parts
     from jsae_lightning.evaluation_setup import prepare_held_out
     from jsae_lightning.jackknife import document_groups
 
-    folder = Path(folder)
-    export = find_export(folder)
-    pair_config = read_pair_config(export)
-    cfg = compose_evaluation(folder, pair_config, overrides, config_dirs)
-    target = Path(out or cfg.eval.out or folder / "eval")
+    export, cfg, target = request.export, request.cfg, request.target
     check_output(target)
     if is_rank_zero():
         remove_stale_folders(target)
-    prepared = prepare_held_out(cfg, export, pair_config)
+    prepared = prepare_held_out(cfg, export, request.pair_config)
     held_out = prepared.held_out
     groups = document_groups(held_out.document, cfg.eval.groups)
     results, seconds = {}, {}
@@ -163,7 +190,7 @@ def evaluate(
                 "seconds": seconds,
                 "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             }
-            record = _record(folder, pair_config, evaluation)
+            record = _record(request.folder, request.pair_config, evaluation)
             write_evaluation(temporary, record, merge(results))
             _keep_explanations(target, temporary, evaluation["pair_hash"])
     return target / EVAL_JSON
@@ -255,10 +282,7 @@ def _tokens_hash(held_out: "HeldOut", groups: "torch.Tensor", jacobian_tokens: i
 def _ranks() -> Iterator[None]:
     """Join the process group of `torchrun`, if that has started several processes, and set up logging."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    level = logging.INFO if rank == 0 else logging.WARNING
-    form = "[%(asctime)s][%(levelname)s] %(message)s"
-    logging.basicConfig(level=level, format=form, stream=sys.stdout)
-    logging.getLogger("jsae_lightning.data").setLevel(logging.WARNING)  # it speaks of training
+    log_to_stdout(logging.INFO if rank == 0 else logging.WARNING)
     if world_size == 1:
         yield
         return

@@ -1,6 +1,7 @@
 """Examples for automated interpretability and the scores that come back."""
 
 import json
+import logging
 import sys
 
 import pytest
@@ -155,8 +156,11 @@ def command(monkeypatch, *arguments):
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
+    levels: list[int] = []
+    monkeypatch.setattr(autointerp, "log_to_stdout", levels.append)
     monkeypatch.setattr(autointerp, "load_held_out", lambda run, overrides: make_held_out())
     command(monkeypatch, tmp_path, "--latents", 2, "--examples", 1)
+    assert levels == [logging.INFO]  # how far it is
     assert len(read(tmp_path / "eval" / "autointerp" / "output.jsonl")) == 2
     scores = tmp_path / "s.csv"
     scores.write_text("side,latent,score\ninput,1,0.5\n")

@@ -484,6 +484,24 @@ def test_help_needs_no_torch(tmp_path):
         assert word in text, word
 
 
+def test_mistakes_in_the_call_need_no_torch(copy, tmp_path):
+    mistakes = (
+        ([str(copy), "tokens=3"], "tokens: there is no such key: did you mean eval.tokens?"),
+        ([str(tmp_path / "nowhere")], f"{tmp_path / 'nowhere'}: there is no such folder"),
+    )
+    for number, (arguments, said) in enumerate(mistakes):
+        code = (
+            f"import sys; sys.argv = ['jsae-eval', *{arguments}]\n"
+            "from jsae_lightning.evaluate import main\n"
+            "try:\n    main()\n"
+            "finally:\n    assert 'torch' not in sys.modules and 'lightning' not in sys.modules\n"
+        )
+        output = tmp_path / f"output{number}"
+        assert run([sys.executable, "-c", code], output=output) == 2
+        text = output.read_text()
+        assert text.startswith(f"jsae-eval: error: {said}") and len(text.splitlines()) == 1, text
+
+
 @pytest.mark.slow
 def test_two_ranks_equal_one(copy, tmp_path):
     """By torchrun: the sequences are shared out, rank 0 alone writes."""
