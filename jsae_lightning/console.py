@@ -1,6 +1,8 @@
-"""What programs that evaluate say while they work."""
+"""What programs say while they work, and whether anybody still reads it."""
 
 import logging
+import os
+import select
 import sys
 
 
@@ -8,3 +10,17 @@ def log_to_stdout(level: int) -> None:
     """Show what a program that evaluates has to say."""
     logging.basicConfig(level=level, format="[%(asctime)s][%(levelname)s] %(message)s", stream=sys.stdout)
     logging.getLogger("jsae_lightning.data").setLevel(logging.WARNING)  # it speaks of training
+
+
+def nobody_reads() -> bool:
+    """Return whether the reader of stdout is gone (`| head`); what is still to be printed is dropped then."""
+    try:
+        stdout = sys.stdout.fileno()
+    except (OSError, ValueError):  # no file at all, or closed
+        return False
+    poll = select.poll()
+    poll.register(stdout, 0)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    return True

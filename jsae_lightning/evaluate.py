@@ -21,7 +21,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from jsae_lightning.atomic_files import atomic_folder, remove_stale_folders
 from jsae_lightning.config import config_dir
@@ -52,7 +52,8 @@ log = logging.getLogger(__name__)
 def main() -> None:
     """Console script `jsae-eval`."""
     if {"--help", "-h"} & set(sys.argv[1:]):
-        print(eval_help_text(config_dir()))
+        with exit_codes(PROGRAM):
+            print(eval_help_text(config_dir()), flush=True)
         return
     with exit_codes(PROGRAM), _ranks():
         given = _arguments(sys.argv[1:])
@@ -62,6 +63,9 @@ def main() -> None:
             compare_folders(given.folders, given.overrides, out=given.out, config_dirs=given.config_dirs)
         else:
             request = _request(given.folders[0], given.overrides, out=given.out, config_dirs=given.config_dirs)
+            if given.shows_config:
+                show([OmegaConf.to_yaml(request.cfg).rstrip()])
+                return
             with lasting_imports():
                 import_module("jsae_lightning.evaluation_setup")
             path = _evaluate(request)
@@ -308,6 +312,7 @@ class _Arguments:
     compare: bool
     out: str | None
     config_dirs: list[str]
+    shows_config: bool
 
 
 def _arguments(arguments: Sequence[str]) -> _Arguments:
@@ -316,6 +321,7 @@ def _arguments(arguments: Sequence[str]) -> _Arguments:
     parser.add_argument("--compare", action="store_true")
     parser.add_argument("--out")
     parser.add_argument("--config-dir", action="append", default=[])
+    parser.add_argument("--cfg", choices=["job"])
     try:
         given, unknown = parser.parse_known_intermixed_args(arguments)
     except argparse.ArgumentError as error:
@@ -330,7 +336,9 @@ def _arguments(arguments: Sequence[str]) -> _Arguments:
         raise UserError(f"{folders[1]}: one folder at a time is evaluated: use --compare for several")
     if len(folders) < 2 and given.compare:
         raise UserError("--compare: only one folder is given: name at least two")
-    return _Arguments(folders, overrides, given.compare, given.out, given.config_dir)
+    if given.cfg and given.compare:
+        raise UserError("--cfg: shows the configuration of one folder's evaluation: leave --compare out")
+    return _Arguments(folders, overrides, given.compare, given.out, given.config_dir, given.cfg is not None)
 
 
 def _is_override(word: str) -> bool:

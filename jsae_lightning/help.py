@@ -43,6 +43,7 @@ _EVAL_MORE = """
   --compare            evaluate what is not evaluated yet, and compare; results go to comparison/ or --out
   --out DIR            where the results go
   --config-dir DIR     your own configuration files, beside the package's
+  --cfg job            print the configuration that the arguments compose, with every key, and evaluate nothing
 
 Keys, with what they are set to:
 """

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from jsae_lightning.atomic_files import atomic_file
 from jsae_lightning.config import PATHS, config_dir
+from jsae_lightning.console import nobody_reads
 from jsae_lightning.errors import RunError, UserError
 from jsae_lightning.processes import is_rank_zero
 from jsae_lightning.suggestions import BASE, choices_of, keys_of, unknown_choice, unknown_key
@@ -72,6 +74,8 @@ def exit_codes(program: str) -> Iterator[None]:
     except (HydraException, OmegaConfBaseException) as error:
         _fail(program, _hydra_message(error))
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and nobody_reads():
+            sys.exit(128 + signal.SIGPIPE)  # as programs end that do not catch the signal
         if error.errno not in _FILE_ERRORS:
             traceback.print_exc()
             sys.exit(1)

@@ -45,7 +45,8 @@ log = logging.getLogger(__name__)
 def main() -> None:
     """Console script `jsae-train`."""
     if {"--help", "-h"} & set(sys.argv[1:]):
-        print(help_text(config_dir()))
+        with exit_codes(PROGRAM):
+            print(help_text(config_dir()), flush=True)
         return
     end_with_parent()
     os.environ.pop("SUBMITIT_EXECUTOR", None)  # of a job that this command is a part of; a task of ours starts in `run`

@@ -6,10 +6,11 @@ import sys
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from held_out_factory import make_held_out
 from jsae_lightning import autointerp
-from jsae_lightning.autointerp import export_autointerp, priorities
+from jsae_lightning.autointerp_export import export_autointerp, priorities
 from jsae_lightning.errors import UserError
 from jsae_lightning.interpretation_scores import FIELDS, Interpretation, load_scores, write_scores
 from test_contexts import dense_latents
@@ -162,6 +163,11 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     command(monkeypatch, tmp_path, "--latents", 2, "--examples", 1)
     assert levels == [logging.INFO]  # how far it is
     assert len(read(tmp_path / "eval" / "autointerp" / "output.jsonl")) == 2
+    monkeypatch.setattr(autointerp, "read_pair_config", lambda folder: {})
+    monkeypatch.setattr(autointerp, "compose_evaluation", lambda *arguments: OmegaConf.create({"of": arguments[2]}))
+    capsys.readouterr()
+    command(monkeypatch, tmp_path, "data=c4", "--cfg", "job")
+    assert capsys.readouterr().out == "of:\n- data=c4\n"
     scores = tmp_path / "s.csv"
     scores.write_text("side,latent,score\ninput,1,0.5\n")
     command(monkeypatch, tmp_path, "--load-scores", scores, "--out", tmp_path / "other")

@@ -265,6 +265,24 @@ def test_what_wandb_refuses_is_told_in_one_line(capsys):
     )
 
 
+def test_a_reader_who_has_seen_enough_is_no_error():
+    code = "from jsae_lightning.launch import exit_codes\nwith exit_codes('jsae-collect'):\n"
+    code += "    while True:\n        print('a line', flush=True)\n"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == b"a line\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 141
+
+
+def test_another_pipe_that_breaks_is_an_error(capsys):
+    with pytest.raises(SystemExit) as stop, exit_codes("jsae-train"):
+        raise BrokenPipeError(32, "Broken pipe")
+    assert stop.value.code == 1
+    assert "BrokenPipeError" in capsys.readouterr().err
+
+
 def test_help_names_every_experiment_and_model(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["jsae-train", "--help"])
     train_module.main()

@@ -402,6 +402,14 @@ def test_the_command_writes_and_prints(copy, tmp_path, monkeypatch, capsys):
     assert read(tmp_path / "results" / "eval.json")["evaluation"]["sequences"] == 4
 
 
+def test_the_configuration_can_be_seen(copy, monkeypatch, capsys):
+    assert call(monkeypatch, copy, "eval.tokens=64", "data.bos=never", "--cfg", "job") == 0
+    shown = OmegaConf.create(capsys.readouterr().out)
+    assert (shown.eval.tokens, shown.data.bos, shown.eval.groups) == (64, "never", 50)
+    assert shown.data.context_length == 16  # of the run
+    assert not (copy / "eval").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -422,6 +430,8 @@ def test_the_command_writes_and_prints(copy, tmp_path, monkeypatch, capsys):
         (["--compare", "{folder}/run"], "only one folder"),
         (["--compare", "{folder}/run", "{folder}/run"], "given twice"),
         (["{folder}/run", "--nothing"], "there is no such option"),
+        (["{folder}/run", "--cfg", "all"], "invalid choice: 'all'"),
+        (["--compare", "{folder}/run", "{folder}/other", "--cfg", "job"], "leave --compare out"),
         ([], "no folder is given"),
     ],
 )

@@ -312,7 +312,7 @@ import sys
 from pathlib import Path
 import torch.distributed as dist
 from held_out_factory import make_held_out
-from jsae_lightning.autointerp import export_autointerp
+from jsae_lightning.autointerp_export import export_autointerp
 from jsae_lightning.graph import run_graph
 
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
@@ -325,7 +325,7 @@ dist.destroy_process_group()
 
 
 def test_two_ranks_write_what_one_writes(tmp_path):
-    from jsae_lightning.autointerp import export_autointerp
+    from jsae_lightning.autointerp_export import export_autointerp
 
     (tmp_path / "two").mkdir()
     tests = Path(__file__).parent
