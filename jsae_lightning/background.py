@@ -93,6 +93,8 @@ class SideStream:
         if self._stream is None:
             yield
             return
+        # A new thread's device is GPU 0: to come back to it would make this process a context there, of 0.5 GB.
+        torch.cuda.set_device(self._stream.device)
         with torch.cuda.stream(self._stream):
             try:
                 yield

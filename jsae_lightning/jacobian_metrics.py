@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from jsae_lightning.errors import UserError
-from jsae_lightning.metrics import Sums, ratio
+from jsae_lightning.metrics import Sums, cumulative_sum, ratio
 
 Values = Float[Tensor, "tokens k_out k_in"]
 PerToken = Float[Tensor, " tokens"]
@@ -118,7 +118,7 @@ def edges_for(values: Values, share: float) -> PerToken:
 
     The mean is over the rows that are not all zeros; NaN if there is none.
     """
-    cumulative = values.abs().sort(dim=2, descending=True).values.double().cumsum(dim=2)
+    cumulative = cumulative_sum(values.abs().sort(dim=2, descending=True).values.double(), dim=2)
     return _edges_for(cumulative, share, values)
 
 
@@ -140,7 +140,7 @@ def jacobian_measures(
         measures[f"max_share_above_{t:g}"] = _undefined_if_zero(share_above(largest, t), values)
     magnitudes = _sorted_magnitudes(values)
     measures |= {f"top_share_{m}": share for m, share in _top_shares_of_sorted(magnitudes).items()}
-    cumulative = values.abs().sort(dim=2, descending=True).values.double().cumsum(dim=2)
+    cumulative = cumulative_sum(values.abs().sort(dim=2, descending=True).values.double(), dim=2)
     measures |= {f"edges_for_{share * 100:g}": _edges_for(cumulative, share, values) for share in ROW_SHARES}
     rows, active_rows = _nonzero_rows(values).sum(dim=1), active_out.sum(dim=1)
     return measures | {
@@ -247,7 +247,7 @@ def _gini_of_sorted(magnitudes: Float[Tensor, "tokens entries"]) -> PerToken:
 
 
 def _top_shares_of_sorted(magnitudes: Float[Tensor, "tokens entries"]) -> dict[int, PerToken]:
-    cumulative = magnitudes.cumsum(dim=1)
+    cumulative = cumulative_sum(magnitudes, dim=1)
     return {m: cumulative[:, m - 1] / cumulative[:, -1] for m in top_share_sizes(magnitudes.shape[1])}
 
 

@@ -51,9 +51,9 @@ class StepShape:
     gated: bool
     penalty: bool
     kernels: str
-    """Which implementation: `cpu` and `triton` work in slices and blocks, `cpu` also encodes by chunks of tokens."""
+    """Which implementation: `cpu` and `triton` gather in blocks; `cpu` slices d_mlp and tokens, too."""
     precision: str = "32-true"
-    """Lightning's name: 32-true, bf16-mixed, 64-true."""
+    """Lightning's name: 32-true, bf16-mixed, 16-mixed, 64-true."""
 
     @property
     def params(self) -> int:
@@ -77,7 +77,7 @@ def step_phases(shape: StepShape) -> dict[str, int]:
     if shape.penalty:
         kept += shape.tokens * (terms * shape.d_mlp + 5 * shape.k * shape.k_output)
         units = slice_units(shape.tokens, shape.d_model, shape.d_mlp, terms)
-        units = shape.d_mlp if shape.kernels == "reference" else units
+        units = units if shape.kernels == "cpu" else shape.d_mlp
         projections = (shape.d_sae_output + terms * shape.d_sae) * units
         forward = max(forward, projections)
         backward = 2 * projections + (shape.d_sae + shape.d_sae_output) * shape.d_model
@@ -87,7 +87,7 @@ def step_phases(shape: StepShape) -> dict[str, int]:
         if shape.penalty:
             gathered = shape.tokens * shape.d_mlp * (shape.k_output + terms * (shape.k_output + shape.k))
             kept, backward = kept + gathered, backward + gathered
-    casts = 2 * shape.params if shape.precision.startswith("bf16") else 0  # autocast's copies of the weights
+    casts = 2 * shape.params if shape.precision.endswith("mixed") else 0  # autocast's copies of the weights
     weight = wide * shape.d_model
     return {
         "forward": size * (4 * shape.params + kept + forward) + casts,

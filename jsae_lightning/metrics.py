@@ -153,3 +153,13 @@ def ratio(numerator: float, denominator: float) -> float:
 
 def _wide(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
+
+
+def cumulative_sum(values: Tensor, dim: int) -> Tensor:
+    """Return `values.cumsum(dim)`, with `trainer.deterministic=true` on CUDA too.
+
+    torch has none of floating-point numbers there that repeats to the bit, and raises; it is taken on the CPU then.
+    """
+    if values.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return values.cpu().cumsum(dim).to(values.device)
+    return values.cumsum(dim)

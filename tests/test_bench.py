@@ -232,6 +232,7 @@ def test_a_model_without_room_beside_the_pair_is_left_out(monkeypatch):
     peaks = {OURS: memory.Peak(50, started_with=20), MODEL: memory.Peak(5, started_with=31)}
     assert MODEL in comparison._without_room_beside(peaks, [OURS, MODEL])
     assert comparison._without_room_beside(peaks | {MODEL: memory.Peak(5, started_with=30)}, [OURS, MODEL]) == {}
+    assert comparison._without_room_beside({}, [OURS, MODEL]) == {}  # on CUDA nothing is measured apart
 
 
 def test_a_sweep_writes_table_figure_and_json(command, tmp_path, known_memory):

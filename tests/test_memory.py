@@ -83,6 +83,21 @@ def test_plain_kernels_gated_mlps_and_float64_take_more():
         assert step_bytes(replace(SHAPE, **changes)) > step_bytes(SHAPE)
 
 
+def test_triton_projects_whole_dictionaries_and_mixed_precision_copies_the_weights():
+    large = replace(SHAPE, d_mlp=16384)  # which the CPU's kernels take in slices
+    cpu, triton, reference = (
+        step_phases(replace(large, kernels=name))["backward"] for name in ("cpu", "triton", "reference")
+    )
+    assert cpu < triton < reference
+    both = large.d_sae + large.d_sae_output
+    assert triton >= 4 * 2 * both * large.d_mlp  # P, Q and their gradients
+    on_card = replace(SHAPE, kernels="triton")
+    plain, half, bfloat = (
+        step_phases(replace(on_card, precision=name))["forward"] for name in ("32-true", "16-mixed", "bf16-mixed")
+    )
+    assert half == bfloat == plain + 2 * SHAPE.params
+
+
 @pytest.mark.parametrize("has_bfloat16", [False, True])
 def test_the_encoder_of_the_cpu_kernels_holds_a_chunk_of_the_tokens(monkeypatch, has_bfloat16):
     """512 of the 2,048; with bfloat16 products the weights by rows and rounded as well."""

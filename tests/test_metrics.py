@@ -1,5 +1,6 @@
 """Reconstruction, firing and language-model figures: hand-computed values, and sums of parts equal to the whole."""
 
+import inspect
 import math
 
 import pytest
@@ -151,3 +152,33 @@ def test_a_free_ablation_has_no_score():
 def test_prefixes_come_off_again():
     sums = metrics.with_prefix("a/", {"b": torch.ones(())}) | {"other/a/b": torch.zeros(())}
     assert metrics.without_prefix("a/", sums) == {"b": torch.ones(())}
+
+
+class OnCuda:
+    """What `cumulative_sum` asks of a tensor on a GPU."""
+
+    is_cuda, device = True, "cpu"
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values = values
+
+    def cpu(self) -> torch.Tensor:
+        return self.values
+
+    def cumsum(self, dim: int) -> torch.Tensor:
+        if torch.are_deterministic_algorithms_enabled():
+            raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation")
+        return self.values.cumsum(dim)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_cumulative_sums_in_deterministic_mode(deterministic):
+    values = torch.rand(3, 5, generator=torch.Generator().manual_seed(0))
+    function = inspect.unwrap(metrics.cumulative_sum)  # without the checks of types, which know a tensor
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        for given in (values, OnCuda(values)):
+            assert torch.equal(function(given, 1), values.cumsum(1))
+    finally:
+        torch.use_deterministic_algorithms(was)

@@ -1,5 +1,6 @@
 """Blocks that are made in the background: the same batches and states as without, errors and ends where they belong."""
 
+import contextlib
 import subprocess
 import sys
 import textwrap
@@ -8,7 +9,7 @@ import threading
 import pytest
 import torch
 
-from jsae_lightning.background import StoppedError, Task
+from jsae_lightning.background import SideStream, StoppedError, Task
 from jsae_lightning.errors import RunError
 from jsae_lightning.language_model import LanguageModel
 from running import environment
@@ -200,6 +201,31 @@ def test_a_process_ends_in_the_middle_of_a_block(tmp_path):
 def language_model(tmp_path_factory):
     folder = make_model_dir("gpt_neox", tmp_path_factory.mktemp("model"), num_layers=2)
     return LanguageModel.load(str(folder), layer=1)
+
+
+def test_the_background_thread_works_on_its_own_device(monkeypatch):
+    """Before it enters the stream, which it leaves for the device that it came from."""
+    done = []
+
+    class Stream:
+        def __init__(self, device):
+            self.device = torch.device("cuda", 3)
+
+        def synchronize(self):
+            done.append("synchronized")
+
+    @contextlib.contextmanager
+    def enter(stream):
+        done.append("entered")
+        yield
+        done.append("left")
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", enter)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: done.append(str(device)))
+    with SideStream(torch.device("cuda")).use():
+        done.append("worked")
+    assert done == ["cuda:3", "entered", "worked", "synchronized", "left"]
 
 
 def test_a_language_model_serves_two_threads(language_model):

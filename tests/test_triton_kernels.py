@@ -108,15 +108,16 @@ def test_refused_without_triton(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("capability", "compiler", "message"),
+    ("capability", "compiler", "header", "message"),
     [
-        (None, True, "there is no CUDA device: choose kernels=auto"),
-        ((7, 5), True, "compute capability is 7.5, below 8.0: choose kernels=reference"),
-        ((9, 0), False, "no C compiler: install gcc"),
-        ((9, 0), True, None),
+        (None, True, True, "there is no CUDA device: choose kernels=auto"),
+        ((7, 5), True, True, "compute capability is 7.5, below 8.0: choose kernels=reference"),
+        ((9, 0), False, True, "no C compiler: install gcc"),
+        ((9, 0), True, False, "Python.h, which is not there: install python3-dev"),
+        ((9, 0), True, True, None),
     ],
 )
-def test_refused_where_it_cannot_run(monkeypatch, capability, compiler, message):
+def test_refused_where_it_cannot_run(monkeypatch, tmp_path, capability, compiler, header, message):
     """And `auto` then takes the reference on a GPU, or these kernels where they run."""
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.delenv("CC", raising=False)
@@ -124,6 +125,9 @@ def test_refused_where_it_cannot_run(monkeypatch, capability, compiler, message)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(triton.shutil, "which", lambda name: "/usr/bin/gcc" if compiler and name == "gcc" else None)
+    monkeypatch.setattr(triton.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+    if header:
+        (tmp_path / "Python.h").touch()
     monkeypatch.setattr(kernels, "_forced", [])
     if message is None:
         kernels.select_kernels("triton")

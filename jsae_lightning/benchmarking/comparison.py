@@ -130,12 +130,15 @@ def _peaks_apart(shape: Shape, settings: Settings, names: Sequence[str], report:
 
 
 def _without_room_beside(peaks: dict[str, Peak], names: Sequence[str]) -> dict[str, str]:
-    """Leave the language model out where it and the pair do not fit side by side, as they must in one process."""
+    """Leave the language model out where it and the pair do not fit side by side, as they must in one process.
+
+    `peaks` is empty on CUDA, where what does not fit shows when it is made.
+    """
     free = free_bytes()
     if free is None or MODEL not in names:
         return {}
     others = [name for name in names if name != MODEL]
-    state = max((peaks[name].started_with for name in others), default=0)
+    state = max((peaks[name].started_with for name in others if name in peaks), default=0)
     highest = max((peaks[name].bytes or 0 for name in names if name in peaks), default=0)
     if MODEL in peaks and peaks[MODEL].started_with + state + highest > free:
         return {MODEL: "does not fit into the memory that is free beside the pair: measure it with --only"}

@@ -19,6 +19,7 @@ from jsae_lightning.fidelity.points import Points
 from jsae_lightning.frozen_mlp import FrozenMLP
 from jsae_lightning.jacobian_metrics import top_share_sizes
 from jsae_lightning.jacobians import jacobian_from_latents
+from jsae_lightning.metrics import cumulative_sum
 from jsae_lightning.sae import SAEPair
 
 RANKINGS = ("contribution", "jacobian", "integrated_gradients", "random")
@@ -77,7 +78,7 @@ def row_prefixes(
 ) -> Float[Tensor, "tokens k_out prefixes"]:
     """Return, for c = 0 .. k_in, the sum of what each output latent's c edges of highest score carry to it."""
     order = score.argsort(dim=2, descending=True, stable=True)
-    cumulative = contribution.gather(2, order).cumsum(dim=2)
+    cumulative = cumulative_sum(contribution.gather(2, order), dim=2)
     return torch.cat([torch.zeros_like(cumulative[:, :, :1]), cumulative], dim=2)
 
 

@@ -13,8 +13,10 @@ Triton itself is imported when the first kernel runs: this file costs no start-u
 import importlib.util
 import os
 import shutil
+import sysconfig
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -44,7 +46,15 @@ def why_unavailable() -> str | None:
         return f"this GPU's compute capability is {found[0]}.{found[1]}, below 8.0: choose kernels=reference"
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "Triton finds no C compiler: install gcc or set CC, or choose kernels=reference"
+    if not (header := _python_header()).is_file():
+        return f"Triton needs {header}, which is not there: install python3-dev, or choose kernels=reference"
     return None
+
+
+def _python_header() -> Path:
+    """Return the header that Triton compiles its driver with, where it looks for it."""
+    scheme = sysconfig.get_default_scheme()
+    return Path(sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)["include"]) / "Python.h"
 
 
 def _on_device_of(tensor: Tensor) -> AbstractContextManager:
