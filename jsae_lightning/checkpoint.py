@@ -20,16 +20,24 @@ from jsae_lightning.sae import SAEPair
 if TYPE_CHECKING:
     from jsae_lightning.language_model import LanguageModel
 
+_EXPORT_FILES = ("README.md", "model.safetensors", "config.json")
+
 
 def save_pair(pair: SAEPair, folder: str | Path, *, metadata: dict[str, Any] | None = None) -> Path:
     """Write `model.safetensors`, `config.json` and `README.md` (a model card) to `folder`, all or nothing.
 
-    `metadata` is JSON: the language model, the MLP's hash, the penalty, tokens seen. Returns the folder.
+    `metadata` is JSON: the language model, the MLP's hash, the penalty, tokens seen; what it says of the sizes of the
+    SAEs, which are the pair's own, does not count. Returns the folder. An export that is there already is replaced;
+    what else lies in its folder stays (the files are then replaced one by one, each whole).
+
+    Raises:
+        UserError: `folder` is a file, or holds files and no exported pair.
     """
     from safetensors.torch import save_file
 
     folder = Path(folder)
     config = {
+        **(metadata or {}),
         "format_version": FORMAT_VERSION,
         **{
             f"{name}_sae": {
@@ -40,14 +48,39 @@ def save_pair(pair: SAEPair, folder: str | Path, *, metadata: dict[str, Any] | N
             }
             for name, sae in pair.named_saes()
         },
-        **(metadata or {}),
     }
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in pair.state_dict().items()}
-    with atomic_folder(folder) as temporary:
-        save_file(tensors, temporary / "model.safetensors")
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (temporary / "README.md").write_text(_model_card(config), encoding="utf-8")
+
+    def write(name: str, path: Path) -> None:
+        if name == "model.safetensors":
+            save_file(tensors, path)
+        else:
+            text = _model_card(config) if name == "README.md" else json.dumps(config, indent=2) + "\n"
+            path.write_text(text, encoding="utf-8")
+
+    target = folder.resolve()
+    if _holds_other_files(target):
+        for name in _EXPORT_FILES:
+            with atomic_file(target / name) as temporary:
+                write(name, temporary)
+    else:
+        with atomic_folder(target) as temporary:
+            for name in _EXPORT_FILES:
+                write(name, temporary / name)
     return folder
+
+
+def _holds_other_files(folder: Path) -> bool:
+    """Return whether an exported pair's folder holds more than the pair; UserError for a folder of something else."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file: give a new folder for the pair, or that of an exported one")
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    others = found - set(_EXPORT_FILES)
+    if others and not found >= {"config.json", "model.safetensors"}:
+        raise UserError(
+            f"{folder}: holds other files, such as {min(others)}, and no exported pair: give a new folder for the pair"
+        )
+    return bool(others)
 
 
 def load_pair(folder: str | Path, *, device: str | torch.device = "cpu") -> SAEPair:
@@ -66,6 +99,7 @@ def load_pair(folder: str | Path, *, device: str | torch.device = "cpu") -> SAEP
         k_output=shapes[1]["k"],
         subtract_b_dec=shapes[0]["subtract_b_dec"],
     )
+    pair.output_sae.subtract_b_dec = shapes[1]["subtract_b_dec"]
     tensors = _read_safetensors(folder / "model.safetensors")
     _check_tensors(folder / "model.safetensors", tensors, pair.state_dict())
     pair = pair.to(tensors["input_sae.W_dec"].dtype)

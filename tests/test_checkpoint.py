@@ -43,11 +43,14 @@ def test_format(export):
     assert {path.name for path in export.iterdir()} == {"model.safetensors", "config.json", "README.md"}
 
 
-def test_saving_again_replaces_the_folder_whole(export):
-    (export / "old").write_text("gone afterwards")
+@pytest.mark.parametrize("others", [[], ["a note"]])
+def test_saving_again_replaces_the_pair_and_nothing_else(export, others):
+    for name in others:
+        (export / name).write_text("somebody's own")
     make_pair().save(export)
     assert load_pair(export).output_sae.d_sae == 32
-    assert not (export / "old").exists()
+    assert {path.name for path in export.iterdir()} == {"model.safetensors", "config.json", "README.md", *others}
+    assert all((export / name).read_text() == "somebody's own" for name in others)
     assert [path.name for path in export.parent.iterdir()] == ["pair"]
 
 
@@ -136,3 +139,40 @@ def test_load_run_finds_the_embedded_model_by_its_name_and_checks_its_hash(tmp_p
     pair.save(tmp_path / "sae_pair", metadata={"model": model | {"layer": 2, "mlp_hash": mlp.weights_hash()}})
     with pytest.raises(UserError, match="not those that the pair was trained on"):
         load_run(tmp_path)
+
+
+def test_saving_takes_nothing_that_is_not_the_pairs(tmp_path):
+    pair = make_pair().float()
+    (tmp_path / "work" / "data").mkdir(parents=True)
+    (tmp_path / "work" / "data" / "thesis").write_text("years")
+    (tmp_path / "file").write_text("notes")
+    for target, message in (("work", "holds other files, such as data, and no exported pair"), ("file", "is a file")):
+        with pytest.raises(UserError, match=message):
+            pair.save(tmp_path / target)
+    assert (tmp_path / "work" / "data" / "thesis").read_text() == "years"
+    assert (tmp_path / "file").read_text() == "notes"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "work"]
+
+
+def test_saving_again_replaces_the_pair_and_leaves_its_evaluation(export, tmp_path):
+    (export / "eval").mkdir()
+    (export / "eval" / "eval.json").write_text("{}")
+    (tmp_path / "link").symlink_to(export)
+    other = make_pair(seed=1).float()
+    other.save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (export / "eval" / "eval.json").read_text() == "{}"
+    found = load_pair(export).state_dict()
+    assert all(torch.equal(found[name], value) for name, value in other.state_dict().items())
+    assert sorted(path.name for path in export.iterdir()) == ["README.md", "config.json", "eval", "model.safetensors"]
+
+
+def test_sizes_are_the_pairs_own_whatever_the_metadata_say(tmp_path):
+    pair = make_pair().float()
+    metadata = json.loads((pair.save(tmp_path / "one") / "config.json").read_text()) | {"tokens_seen": 7}
+    pair.input_sae.k, pair.output_sae.subtract_b_dec = 2, True
+    pair.save(tmp_path / "two", metadata=metadata)
+    found = load_pair(tmp_path / "two")
+    assert (found.input_sae.k, found.output_sae.k) == (2, pair.output_sae.k)
+    assert (found.input_sae.subtract_b_dec, found.output_sae.subtract_b_dec) == (False, True)
+    assert json.loads((tmp_path / "two" / "config.json").read_text())["tokens_seen"] == 7
