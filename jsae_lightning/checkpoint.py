@@ -140,6 +140,8 @@ def _model_card(config: dict[str, Any]) -> str:
         f"| {name.split('_')[0]} SAE | {config[name]['d_model']} | {config[name]['d_sae']} | {config[name]['k']} |"
         for name in SAES
     )
+    drawn = " with its weights drawn at random" if model.get("random_weights") else ""
+    penalised = "without a penalty" if jacobian.get("coef") == 0 else "with a penalty"
     lines = [
         "---",
         "library_name: jsae-lightning",
@@ -148,7 +150,7 @@ def _model_card(config: dict[str, Any]) -> str:
         "# Jacobian SAE pair",
         "",
         f"Two TopK sparse autoencoders on the input and output of the MLP in layer {model.get('layer', '?')} of "
-        f"`{model.get('name', 'unknown')}`, trained with a penalty on the Jacobian between their latents.",
+        f"`{model.get('name', 'unknown')}`{drawn}, trained {penalised} on the Jacobian between their latents.",
         "",
         "| | d_model | latents | k |",
         "|---|---|---|---|",

@@ -176,3 +176,14 @@ def test_sizes_are_the_pairs_own_whatever_the_metadata_say(tmp_path):
     assert (found.input_sae.k, found.output_sae.k) == (2, pair.output_sae.k)
     assert (found.input_sae.subtract_b_dec, found.output_sae.subtract_b_dec) == (False, True)
     assert json.loads((tmp_path / "two" / "config.json").read_text())["tokens_seen"] == 7
+
+
+def test_the_card_tells_baselines_and_controls(tmp_path):
+    def card(**metadata):
+        return (make_pair().float().save(tmp_path / "pair", metadata=metadata) / "README.md").read_text()
+
+    model = {"name": "a/model", "layer": 2}
+    plain = card(model=model | {"random_weights": False}, jacobian={"penalty": "l1", "coef": 0.5})
+    assert "layer 2 of `a/model`, trained with a penalty on the Jacobian" in plain
+    control = card(model=model | {"random_weights": True}, jacobian={"penalty": "l1", "coef": 0.0})
+    assert "`a/model` with its weights drawn at random, trained without a penalty on the Jacobian" in control
