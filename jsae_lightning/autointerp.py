@@ -9,14 +9,13 @@
 import argparse
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
-from jsae_lightning.console import log_to_stdout
+from jsae_lightning.console import log_to_stdout, show
 from jsae_lightning.errors import UserError
-from jsae_lightning.evaluate_config import compose_evaluation
-from jsae_lightning.exported_pairs import find_export, read_pair_config
+from jsae_lightning.evaluation_request import read_request
 from jsae_lightning.launch import exit_codes
 
 if TYPE_CHECKING:
@@ -27,16 +26,10 @@ PROGRAM = "jsae-autointerp"
 
 def load_held_out(run: Path, overrides: list[str]) -> "HeldOut":
     """Return the held-out tokens, model and pair of a run, as `jsae-eval RUN` loads them."""
-    cfg, export, pair_config = _configuration(run, overrides)
+    request = read_request(run, overrides)
     from jsae_lightning.evaluation_setup import prepare_held_out  # torch, once the call is known to be right
 
-    return prepare_held_out(cfg, export, pair_config).held_out
-
-
-def _configuration(run: Path, overrides: list[str]) -> tuple[DictConfig, Path, dict[str, Any]]:
-    export = find_export(run)
-    pair_config = read_pair_config(export)
-    return compose_evaluation(run, pair_config, overrides, ()), export, pair_config
+    return prepare_held_out(request.cfg, request.export, request.pair_config).held_out
 
 
 def main() -> None:
@@ -50,7 +43,7 @@ def main() -> None:
             _take_scores(given.load_scores, folder)
             return
         if given.cfg is not None:
-            print(OmegaConf.to_yaml(_configuration(given.run, given.overrides)[0]), end="", flush=True)
+            show([OmegaConf.to_yaml(read_request(given.run, given.overrides).cfg).rstrip()])
             return
         log_to_stdout(logging.INFO)
         held_out = load_held_out(given.run, given.overrides)

@@ -4,6 +4,8 @@ import copy
 import json
 import pickle
 import zipfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +22,7 @@ from jsae_lightning.sae import SAEPair
 if TYPE_CHECKING:
     from jsae_lightning.language_model import LanguageModel
 
-_EXPORT_FILES = ("README.md", "model.safetensors", "config.json")
+_EXPORT_FILES = ("README.md", "config.json", "model.safetensors")
 
 
 def save_pair(pair: SAEPair, folder: str | Path, *, metadata: dict[str, Any] | None = None) -> Path:
@@ -28,7 +30,7 @@ def save_pair(pair: SAEPair, folder: str | Path, *, metadata: dict[str, Any] | N
 
     `metadata` is JSON: the language model, the MLP's hash, the penalty, tokens seen; what it says of the sizes of the
     SAEs, which are the pair's own, does not count. Returns the folder. An export that is there already is replaced;
-    what else lies in its folder stays (the files are then replaced one by one, each whole).
+    what else lies in its folder stays (the new files are then renamed one after the other).
 
     Raises:
         UserError: `folder` is a file, or holds files and no exported pair.
@@ -50,24 +52,22 @@ def save_pair(pair: SAEPair, folder: str | Path, *, metadata: dict[str, Any] | N
         },
     }
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in pair.state_dict().items()}
-
-    def write(name: str, path: Path) -> None:
-        if name == "model.safetensors":
-            save_file(tensors, path)
-        else:
-            text = _model_card(config) if name == "README.md" else json.dumps(config, indent=2) + "\n"
-            path.write_text(text, encoding="utf-8")
-
-    target = folder.resolve()
-    if _holds_other_files(target):
-        for name in _EXPORT_FILES:
-            with atomic_file(target / name) as temporary:
-                write(name, temporary)
-    else:
-        with atomic_folder(target) as temporary:
-            for name in _EXPORT_FILES:
-                write(name, temporary / name)
+    with _export_files(folder.resolve()) as files:
+        save_file(tensors, files["model.safetensors"])
+        files["config.json"].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        files["README.md"].write_text(_model_card(config), encoding="utf-8")
     return folder
+
+
+@contextmanager
+def _export_files(folder: Path) -> Iterator[dict[str, Path]]:
+    """Yield where to write an export's files, by name: they take their places at the end, together, or not at all."""
+    if not _holds_other_files(folder):
+        with atomic_folder(folder) as temporary:
+            yield {name: temporary / name for name in _EXPORT_FILES}
+        return
+    with ExitStack() as stack:  # left in reverse order: the weights wait for the disk first, the small files follow
+        yield {name: stack.enter_context(atomic_file(folder / name)) for name in _EXPORT_FILES}
 
 
 def _holds_other_files(folder: Path) -> bool:

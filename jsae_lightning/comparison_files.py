@@ -50,7 +50,8 @@ def compare_folders(
         UserError: a folder that comes twice, pairs of one model that were judged on different data, and everything that
             `evaluate.evaluate_folder` raises.
     """
-    from jsae_lightning.evaluate import evaluate_folder, show
+    from jsae_lightning.console import show
+    from jsae_lightning.evaluate import evaluate_folder
 
     resolved = [Path(folder).resolve() for folder in folders]
     for index, folder in enumerate(resolved):

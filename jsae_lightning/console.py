@@ -4,12 +4,20 @@ import logging
 import os
 import select
 import sys
+from collections.abc import Sequence
 
 
 def log_to_stdout(level: int) -> None:
     """Show what a program that evaluates has to say."""
     logging.basicConfig(level=level, format="[%(asctime)s][%(levelname)s] %(message)s", stream=sys.stdout)
     logging.getLogger("jsae_lightning.data").setLevel(logging.WARNING)  # it speaks of training
+
+
+def show(texts: Sequence[str]) -> None:
+    """Print texts, with escapes for what the terminal's encoding lacks."""
+    encoding = sys.stdout.encoding or "utf-8"
+    for text in texts:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def nobody_reads() -> bool:

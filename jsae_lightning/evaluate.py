@@ -21,20 +21,19 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from jsae_lightning.atomic_files import atomic_folder, remove_stale_folders
 from jsae_lightning.config import config_dir
-from jsae_lightning.console import log_to_stdout
+from jsae_lightning.console import log_to_stdout, show
 from jsae_lightning.errors import UserError
 from jsae_lightning.evaluate_config import (
-    compose_evaluation,
     covers,
     data_settings,
     parts,
     settings,
 )
-from jsae_lightning.exported_pairs import find_export, read_pair_config
+from jsae_lightning.evaluation_request import EvaluationRequest, read_request
 from jsae_lightning.help import eval_help_text
 from jsae_lightning.lasting_imports import lasting_imports
 from jsae_lightning.launch import exit_codes
@@ -62,7 +61,7 @@ def main() -> None:
 
             compare_folders(given.folders, given.overrides, out=given.out, config_dirs=given.config_dirs)
         else:
-            request = _request(given.folders[0], given.overrides, out=given.out, config_dirs=given.config_dirs)
+            request = read_request(given.folders[0], given.overrides, out=given.out, config_dirs=given.config_dirs)
             if given.shows_config:
                 show([OmegaConf.to_yaml(request.cfg).rstrip()])
                 return
@@ -90,7 +89,7 @@ def evaluate_folder(folder: str | Path, overrides: Sequence[str] = (), *, config
     """
     from jsae_lightning.evaluation_files import EVAL_JSON, read_record
 
-    request = _request(folder, overrides, config_dirs=config_dirs)
+    request = read_request(folder, overrides, config_dirs=config_dirs)
     path = request.target / EVAL_JSON
     if path.is_file() and (path.parent / "groups.safetensors").is_file():
         earlier = read_record(path)["evaluation"]
@@ -108,35 +107,10 @@ def evaluate(
     With several ranks all must call it; rank 0 alone writes. Arguments as for `evaluate_folder`; `out` is
     another name for the override `eval.out`.
     """
-    return _evaluate(_request(folder, overrides, out=out, config_dirs=config_dirs))
+    return _evaluate(read_request(folder, overrides, out=out, config_dirs=config_dirs))
 
 
-@dataclass(frozen=True)
-class _Request:
-    """What is to be judged, and how."""
-
-    folder: Path
-    """A run's or an exported pair's."""
-    export: Path
-    """The exported pair's folder."""
-    pair_config: dict[str, Any]
-    cfg: DictConfig
-    target: Path
-    """The folder of the results."""
-
-
-def _request(
-    folder: str | Path, overrides: Sequence[str], *, out: str | None = None, config_dirs: Sequence[str] = ()
-) -> _Request:
-    """Read the pair's `config.json` and compose the configuration, without importing torch."""
-    folder = Path(folder)
-    export = find_export(folder)
-    pair_config = read_pair_config(export)
-    cfg = compose_evaluation(folder, pair_config, overrides, config_dirs)
-    return _Request(folder, export, pair_config, cfg, Path(out or cfg.eval.out or folder / "eval"))
-
-
-def _evaluate(request: _Request) -> Path:
+def _evaluate(request: EvaluationRequest) -> Path:
     from jsae_lightning.distributed import rank_and_world_size
     from jsae_lightning.evaluation_files import EVAL_JSON, check_output, write_evaluation
     from jsae_lightning.evaluation_parts import Task, merge, run_part, runnable_parts
@@ -198,13 +172,6 @@ def _evaluate(request: _Request) -> Path:
             write_evaluation(temporary, record, merge(results))
             _keep_explanations(target, temporary, evaluation["pair_hash"])
     return target / EVAL_JSON
-
-
-def show(texts: Sequence[str]) -> None:
-    """Print texts, with escapes for what the terminal's encoding lacks."""
-    encoding = sys.stdout.encoding or "utf-8"
-    for text in texts:
-        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def _record(folder: Path, pair_config: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,8 @@ S latents, T tokens of a micro-batch, k active latents, and m hidden units a sli
     optimizer  4 b p + Adam's temporaries of one weight (3 S d_model)
 
 The step takes the largest of the three. For float32 that is at most 16 p + 8 T S + kept: the slices are chosen so.
-The plain kernels (`reference`) gather rows of (T, k, d_model) and (T, k, d_mlp) besides and project whole dictionaries.
+Triton's and the plain kernels (`reference`) project whole dictionaries (m = d_mlp), which may take more; the plain ones
+gather rows of (T, k, d_model) and (T, k, d_mlp) besides.
 AuxK's part is left out: no latent is dead before `sae.dead_after_tokens`.
 """
 

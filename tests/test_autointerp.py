@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -163,8 +164,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     command(monkeypatch, tmp_path, "--latents", 2, "--examples", 1)
     assert levels == [logging.INFO]  # how far it is
     assert len(read(tmp_path / "eval" / "autointerp" / "output.jsonl")) == 2
-    monkeypatch.setattr(autointerp, "read_pair_config", lambda folder: {})
-    monkeypatch.setattr(autointerp, "compose_evaluation", lambda *arguments: OmegaConf.create({"of": arguments[2]}))
+    shown = lambda run, overrides: SimpleNamespace(cfg=OmegaConf.create({"of": overrides}))  # noqa: E731
+    monkeypatch.setattr(autointerp, "read_request", shown)
     capsys.readouterr()
     command(monkeypatch, tmp_path, "data=c4", "--cfg", "job")
     assert capsys.readouterr().out == "of:\n- data=c4\n"

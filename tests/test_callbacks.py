@@ -1,41 +1,40 @@
-"""Callbacks on a real trainer and module, with a toy language model in the place of a real one."""
+"""Evaluation while training and its pictures, as callbacks of a real trainer with a toy language model."""
 
-import io
 import itertools
-import logging
 import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-import lightning
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
-from rich.console import Console
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from factories import make_mlp
+from callback_runs import (
+    K,
+    StopAt,
+    ToyData,
+    checkpointing,
+    evaluation,
+    fit,
+    make_module,
+    make_trainer,
+    read_board,
+    scalar_steps,
+)
 from jsae_lightning.callbacks import (
-    Checkpointing,
     InTrainingEvaluation,
     JacobianHistograms,
     Throughput,
     TrainingProgress,
     jacobian_histograms,
 )
-from jsae_lightning.callbacks.throughput import paused
-from jsae_lightning.checkpoint import read_checkpoint
 from jsae_lightning.errors import UserError
 from jsae_lightning.figures import jacobian_heat_map, printable, token_title
-from jsae_lightning.loggers import ResumableCSVLogger, ResumableTensorBoardLogger
 from jsae_lightning.module import JSAEModule
 from jsae_lightning.summary import check_names, final_metrics
 
-D_MODEL, D_SAE, K, VOCAB, SEQ = 10, 32, 5, 23, 9
 PNG = jacobian_heat_map(torch.ones(2, 2), title="", label="", limits=(0.1, 1.0))
 
 
@@ -43,153 +42,6 @@ PNG = jacobian_heat_map(torch.ones(2, 2), title="", label="", limits=(0.1, 1.0))
 def quick_maps(monkeypatch: pytest.MonkeyPatch) -> None:
     """One picture for all, where only its place in the files matters."""
     monkeypatch.setattr(jacobian_histograms, "jacobian_heat_map", lambda values, **kwargs: PNG)
-
-
-class ToyLanguageModel:
-    """An embedding, one MLP and an unembedding."""
-
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(3)
-        self.device = torch.device("cpu")
-        self.frozen_mlp = make_mlp("gelu", D_MODEL, 24).float()
-        self.embedding = torch.randn(VOCAB, D_MODEL, generator=generator)
-
-    def mlp_in(self, tokens: Tensor) -> Tensor:
-        return self.embedding[tokens]
-
-    def logits(self, tokens: Tensor, *, replace_mlp_in: Any = None, replace_mlp_out: Any = None) -> Tensor:
-        residual = self.mlp_in(tokens)
-        mlp_in = replace_mlp_in(residual) if replace_mlp_in else residual
-        mlp_out = self.frozen_mlp(mlp_in.flatten(0, 1)).unflatten(0, tokens.shape)
-        return (residual + (replace_mlp_out(mlp_out) if replace_mlp_out else mlp_out)) @ self.embedding.T
-
-
-class Batches:
-    """A sized loader with a state, as the real one; batch i depends on i only."""
-
-    def __init__(self, num_batches: int) -> None:
-        self.num_batches, self.next_batch = num_batches, 0
-
-    def __len__(self) -> int:
-        return self.num_batches
-
-    def __iter__(self) -> Iterator[Tensor]:
-        while self.next_batch < self.num_batches:
-            self.next_batch += 1
-            yield torch.randn(16, D_MODEL, generator=torch.Generator().manual_seed(self.next_batch))
-
-    def state_dict(self) -> dict[str, int]:
-        return {"next_batch": self.next_batch}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.next_batch = state["next_batch"]
-
-
-class ToyData(lightning.LightningDataModule):
-    def __init__(self, num_batches: int) -> None:
-        super().__init__()
-        self.num_batches = num_batches
-        self.language_model = ToyLanguageModel()
-        self.tokenizer: Any = None
-        self.frozen_mlp = self.language_model.frozen_mlp
-        self.val_tokens = torch.randint(VOCAB, (6, SEQ), generator=torch.Generator().manual_seed(4))
-
-    def included(self, tokens: Tensor) -> Tensor:
-        mask = torch.ones_like(tokens, dtype=torch.bool)
-        mask[:, 0] = False
-        return mask
-
-    def train_dataloader(self) -> Batches:
-        return Batches(self.num_batches)
-
-
-def make_module(total_steps: int, **jacobian: Any) -> JSAEModule:
-    sae: dict[str, Any] = {"d_sae": D_SAE, "d_sae_output": None, "k": K, "k_output": None, "subtract_b_dec": False}
-    sae |= {"mse_output_coef": 2.0, "auxk_coef": 0.0, "auxk_k": None, "dead_after_tokens": 100}
-    penalty = {
-        "penalty": "l1",
-        "params": {},
-        "coef": 0.5,
-        "at": "input",
-        "edges": "jacobian",
-        "token_fraction": 1.0,
-        "warmup_fraction": 0.5,
-        "decay_fraction": 0.0,
-    } | jacobian
-    optim = {"lr": 1e-2, "betas": [0.9, 0.999], "warmup_fraction": 0.0, "decay_fraction": 0.0}
-    return JSAEModule(d_model=D_MODEL, sae=sae, jacobian=penalty, optim=optim, total_steps=total_steps, seed=0)
-
-
-def make_trainer(
-    folder: Path, callbacks: list[Callback], steps: int = 5, accumulate: int = 1, **kwargs: Any
-) -> Trainer:
-    return Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_steps=steps,
-        max_epochs=-1,
-        accumulate_grad_batches=accumulate,
-        logger=kwargs.pop("logger", [ResumableCSVLogger(folder / "csv"), ResumableTensorBoardLogger(folder / "tb")]),
-        callbacks=callbacks,
-        enable_checkpointing=any(isinstance(callback, Checkpointing) for callback in callbacks),
-        enable_progress_bar=any(isinstance(callback, TrainingProgress) for callback in callbacks),
-        enable_model_summary=False,
-        log_every_n_steps=1,
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
-        **kwargs,
-    )
-
-
-def fit(folder: Path, callbacks: list[Callback], steps: int = 5, accumulate: int = 1, **kwargs: Any) -> Trainer:
-    trainer = make_trainer(folder, callbacks, steps, accumulate, **kwargs)
-    trainer.fit(make_module(steps), datamodule=ToyData(steps * accumulate))
-    return trainer
-
-
-def evaluation(every_n_steps: int | None = 2) -> InTrainingEvaluation:
-    return InTrainingEvaluation(
-        every_n_steps, batch_sequences=4, jacobian_tokens=20, num_sequences=None, exclude_first_position=False
-    )
-
-
-def checkpointing(
-    folder: Path, every_n_steps: int | None = None, best_metric: str | None = None, best_mode: str = "min"
-) -> Checkpointing:
-    return Checkpointing(
-        str(folder / "checkpoints"),
-        every_minutes=None,
-        every_n_steps=every_n_steps,
-        best_metric=best_metric,
-        best_mode=best_mode,
-    )
-
-
-def saved_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The steps at which a checkpoint is written, as they come."""
-    steps: list[int] = []
-    save = Trainer.save_checkpoint
-
-    def note(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        steps.append(trainer.global_step)
-        save(trainer, *args, **kwargs)
-
-    monkeypatch.setattr(Trainer, "save_checkpoint", note)
-    return steps
-
-
-def read_board(folder: Path) -> EventAccumulator:
-    """All that is in the event files, duplicates included."""
-    everything = {"scalars": 0, "images": 0, "histograms": 0}
-    return EventAccumulator(str(folder / "tb"), size_guidance=everything, purge_orphaned_data=False).Reload()
-
-
-def scalar_steps(folder: Path, tag: str) -> list[int]:
-    """The steps of a tag in TensorBoard, which the CSV must agree with."""
-    steps = [event.step for event in read_board(folder).Scalars(tag)]
-    header, *lines = (line.split(",") for line in (folder / "csv" / "metrics.csv").read_text().splitlines())
-    assert steps == [int(line[0]) for line in lines if line[header.index(tag)]]
-    return steps
 
 
 class Recorder(Callback):
@@ -311,41 +163,11 @@ def test_exclude_first_position_judges_the_others_only(tmp_path: Path) -> None:
     assert found["asked"]["val/mse_input"] != found["all"]["val/mse_input"]
 
 
-class StopAt(Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-        trainer.should_stop = trainer.global_step >= self.step
-
-
 def test_a_run_that_stops_early_is_evaluated_at_its_end(tmp_path: Path) -> None:
     fit(tmp_path, [evaluation(2), JacobianHistograms(1, 1, 0), StopAt(3)])
     assert scalar_steps(tmp_path, "val/loss") == [2, 3]
     images = read_board(tmp_path).Images("jacobian_heat_map/0_abs")
     assert [image.step for image in images] == [2, 3]
-
-
-@pytest.mark.parametrize("best_mode", ["min", "max"])
-def test_the_end_is_saved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, best_mode: str) -> None:
-    steps = saved_steps(monkeypatch)
-    fit(tmp_path, [evaluation(2), checkpointing(tmp_path, best_metric="val/loss", best_mode=best_mode)], steps=4)
-    # the loss falls: the last evaluation is the best of one mode, the first of the other
-    assert steps == [2, 4]
-    last = tmp_path / "checkpoints" / "last.ckpt"
-    (best,) = last.parent.glob("step_*.ckpt")
-    assert best.name == {"min": "step_0000004.ckpt", "max": "step_0000002.ckpt"}[best_mode]
-    assert last.samefile(best) == (best_mode == "min")  # two names of one file take the disk once
-
-
-def test_an_evaluation_after_the_save_of_the_same_step_is_saved_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    steps = saved_steps(monkeypatch)
-    fit(tmp_path, [evaluation(2), StopAt(3), checkpointing(tmp_path, every_n_steps=1)], steps=6)
-    assert steps == [1, 2, 3, 3]
-    state = read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
-    assert state["callbacks"]["InTrainingEvaluation"] == {"logged_step": 3}
 
 
 @pytest.mark.usefixtures("quick_maps")
@@ -453,124 +275,6 @@ def test_heat_map_colours_depend_on_fixed_limits_only() -> None:
     assert draw(values) != draw(values / 2)
     assert draw(values) == draw(values.clamp(max=1.0))
     assert draw(values) != draw(values.clamp(min=1e-3)), "an inactive entry looks like a small one"
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """A clock that stands still until it is told otherwise."""
-    now = [1000.0]
-    monkeypatch.setattr("time.monotonic", lambda: now[0])
-    return lambda seconds: now.__setitem__(0, now[0] + seconds)
-
-
-class Spend(Callback):
-    """Lets a second pass in every micro-batch, and ten in a pause after every optimizer step's."""
-
-    def __init__(self, clock: Callable[[float], None]) -> None:
-        self.clock = clock
-
-    def on_train_batch_start(self, *args: Any) -> None:
-        self.clock(1.0)
-
-    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-        with paused(trainer):
-            self.clock(10.0)
-
-
-@pytest.mark.parametrize("throughput_is_first", [True, False])
-def test_throughput_leaves_pauses_out(
-    tmp_path: Path, clock: Callable[[float], None], throughput_is_first: bool
-) -> None:
-    callbacks: list[Callback] = [Spend(clock), throughput := Throughput()]
-    fit(tmp_path, callbacks[::-1] if throughput_is_first else callbacks, steps=3, accumulate=2)
-    board = read_board(tmp_path)
-    # 16 tokens a second
-    assert [event.value for event in board.Scalars("time/tokens_per_second")] == [16.0] * 3
-    seconds = [12.0, 34.0, 56.0] if throughput_is_first else [22.0, 44.0, 66.0]
-    assert [event.value for event in board.Scalars("time/seconds")] == seconds
-    assert throughput.final_metrics() == {
-        "time/tokens_per_second": 16.0,
-        "time/seconds": 66.0,
-        "time/paused_seconds": 60.0,
-    }
-
-
-def test_throughput_of_a_resumed_run_counts_both_parts(tmp_path: Path, clock: Callable[[float], None]) -> None:
-    fit(tmp_path, [Throughput(), Spend(clock), StopAt(2), checkpointing(tmp_path)], steps=6)
-    clock(1e6)  # the time between the two is no training
-    trainer = make_trainer(tmp_path, [throughput := Throughput(), Spend(clock), checkpointing(tmp_path)], steps=6)
-    trainer.fit(make_module(6), datamodule=ToyData(6), ckpt_path=str(tmp_path / "checkpoints" / "last.ckpt"))
-    assert throughput.final_metrics() == {
-        "time/tokens_per_second": 16.0,
-        "time/seconds": 66.0,
-        "time/paused_seconds": 60.0,
-    }
-
-
-def test_what_is_paused_outside_training_is_none_of_its_time() -> None:
-    """As the evaluation of a complete run that is resumed once more."""
-    throughput = Throughput()
-    throughput.load_state_dict({"tokens": 96, "seconds": 10.0, "paused_seconds": 4.0})
-    before = throughput.final_metrics()
-    throughput.pause(5.0)
-    assert throughput.final_metrics() == before == {
-        "time/tokens_per_second": 16.0,
-        "time/seconds": 10.0,
-        "time/paused_seconds": 4.0,
-    }  # fmt: skip
-
-
-def progress_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.name == "jsae_lightning.callbacks.progress"]
-
-
-def test_progress_lines(tmp_path: Path, clock: Callable[[float], None], caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    fit(tmp_path, [Spend(clock), Throughput(), TrainingProgress(2, None, "auto")])
-    lines = progress_lines(caplog)
-    assert [line.split()[1] for line in lines] == ["2/5", "4/5", "5/5"]
-    assert all(part in lines[0] for part in ("loss ", "EV in ", "out ", "16 tok/s", "left 0:00:33"))
-    caplog.clear()
-    fit(tmp_path / "by_time", [Spend(clock), TrainingProgress(None, 30.0, "lines")])
-    assert [line.split()[1] for line in progress_lines(caplog)] == ["3/5", "5/5"]
-
-
-def test_progress_of_another_rank_is_silent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    progress = TrainingProgress(1, None, "lines")
-    progress.disable()
-    fit(tmp_path, [progress])
-    assert progress_lines(caplog) == []
-
-
-def test_progress_bar_prints_log_lines_above_itself(
-    tmp_path: Path, clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    terminal = io.StringIO()
-    terminal.isatty = lambda: True  # type: ignore[method-assign]
-    monkeypatch.setattr("sys.stdout", terminal)
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "100")
-    handler = logging.StreamHandler(terminal)
-    logging.getLogger().addHandler(handler)
-
-    class Say(Callback):
-        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-            if batch_idx == 3:
-                logging.getLogger("test").info("a line in between")
-
-    try:
-        fit(tmp_path, [Spend(clock), Throughput(), TrainingProgress(1, 1.0, "auto"), Say()])
-    finally:
-        logging.getLogger().removeHandler(handler)
-    assert handler.stream is terminal, "the real stream is restored"
-    text = Console(file=io.StringIO()).render_str(terminal.getvalue()).plain
-    assert "5/5" in text
-    assert "16 tok/s" in text
-    assert "left 0:00:00" in text
-    assert any(line.rstrip().endswith("a line in between") for line in text.splitlines())
-    assert progress_lines(caplog) == [], "no lines beside a bar"
 
 
 def test_steps_are_those_of_the_optimizer(tmp_path: Path) -> None:

@@ -167,6 +167,17 @@ def test_saving_again_replaces_the_pair_and_leaves_its_evaluation(export, tmp_pa
     assert sorted(path.name for path in export.iterdir()) == ["README.md", "config.json", "eval", "model.safetensors"]
 
 
+@pytest.mark.parametrize("others", [[], ["a note"]])
+def test_what_cannot_be_saved_leaves_the_pair_that_is_there(export, others):
+    for name in others:
+        (export / name).touch()
+    before = {path.name: path.read_bytes() for path in export.iterdir()}
+    with pytest.raises(TypeError):
+        make_pair(seed=1).float().save(export, metadata={"no JSON": object()})
+    assert {path.name: path.read_bytes() for path in export.iterdir()} == before
+    assert [path.name for path in export.parent.iterdir()] == ["pair"]
+
+
 def test_sizes_are_the_pairs_own_whatever_the_metadata_say(tmp_path):
     pair = make_pair().float()
     metadata = json.loads((pair.save(tmp_path / "one") / "config.json").read_text()) | {"tokens_seen": 7}
