@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from factories import make_mlp, make_pair, make_x
 from jsae_lightning import kernels
 from jsae_lightning.jacobians import jacobian
-from jsae_lightning.kernels import reference
+from jsae_lightning.kernels import cpu_products, reference
 from jsae_lightning.penalties import PENALTIES
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 2e-2}
@@ -23,6 +23,14 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torc
 def draw_indices(num_rows: int, tokens: int, k: int, seed: int = 3) -> torch.Tensor:
     """With repetitions: some rows in several tokens and several times in one, some in none."""
     return torch.randint(0, num_rows, (tokens, k), generator=torch.Generator().manual_seed(seed))
+
+
+def force_onednn(monkeypatch) -> None:
+    """Have oneDNN make every float32 product of the kernels for processors, however small."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        pytest.skip("this torch was built without oneDNN")
+    monkeypatch.setattr(cpu_products, "MIN_OPERATIONS", 0)
+    monkeypatch.setattr(cpu_products, "onednn_is_faster", lambda: True)
 
 
 def value_and_gradients(function, tensors):

@@ -11,6 +11,7 @@ from jsae_lightning.benchmarking.contestants import losses, make_steps, run_floo
 from jsae_lightning.benchmarking.language_models import batches, load_model, mismatch
 from jsae_lightning.benchmarking.problem import Problem, make_problem
 from jsae_lightning.benchmarking.shapes import PRESETS, ModelSpec, Shape
+from jsae_lightning.kernels import cpu_products
 
 CPU = torch.device("cpu")
 TOY = Shape(tokens=24, d_model=16, d_mlp=40, d_sae=96, k=4, gated=False, activation="gelu")
@@ -90,6 +91,14 @@ def test_the_floor_is_made_of_the_products_that_it_names(gated):
         run_floor(make_problem(shape, dtype="float32", device=CPU, seed=0))
     mlp = 2 * 24 * 16 * 40 * (3 if gated else 2)
     assert counter.get_total_flops() == 2 * (2 * 24 * 16 * 96) + mlp + 2 * 96 * 16 * 40 * (3 if gated else 2)
+
+
+def test_the_floors_products_are_made_as_ours_are(monkeypatch):
+    """Else ours could be faster than its floor."""
+    made = []
+    monkeypatch.setattr(cpu_products, "product", lambda a, b: made.append((len(a), b.shape[1])))
+    run_floor(make_problem(Shape(24, 16, 40, 96, 4, False, "gelu"), dtype="float32", device=CPU, seed=0))
+    assert made == [(24, 96), (24, 96), (96, 40), (96, 40)]
 
 
 @pytest.mark.parametrize("gated", [False, True])

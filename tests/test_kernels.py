@@ -6,7 +6,7 @@ import torch
 from jsae_lightning import kernels
 from jsae_lightning.errors import UserError
 from jsae_lightning.kernels import cpu, cpu_jacobian, reference
-from kernel_checks import Largest, PenaltyChecks, SparseChecks
+from kernel_checks import Largest, PenaltyChecks, SparseChecks, force_onednn
 
 
 def _gradients(function, tensors):
@@ -20,10 +20,12 @@ def _draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.fixture(params=["one block", "blocks of some tokens"])
+@pytest.fixture(params=["one block", "blocks of some tokens", "products by oneDNN"])
 def blocks(request, monkeypatch):
-    """The tests' tokens in one block; and in several with a smaller one at the end, every hidden unit a part."""
-    if request.param != "one block":
+    """The tests' tokens in one block; in several with a smaller one at the end, every hidden unit a part; by oneDNN."""
+    if request.param == "products by oneDNN":
+        force_onednn(monkeypatch)
+    if request.param == "blocks of some tokens":
         monkeypatch.setattr(cpu_jacobian, "num_parts", lambda units, threads: units)
         monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", 24)
         monkeypatch.setattr(cpu, "MIN_CHUNK_TOKENS", 2)

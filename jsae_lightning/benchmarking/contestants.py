@@ -1,7 +1,7 @@
 """Who is measured, by name: each a function that runs one step, forward and backward, and returns its loss.
 
 The floor and the language model's forward have no backward pass and no loss. The floor is the dense products alone,
-each once and forward only, every result in memory of its own, in the run's dtype:
+each once and forward only, every result in memory of its own, in the run's dtype, by the library that ours takes:
 
     x W_enc_x,  y W_enc_y          (tokens, d_sae) each
     y = MLP(x)                     two products and the activation function; three products if gated
@@ -32,6 +32,7 @@ from jsae_lightning.benchmarking.names import (
 )
 from jsae_lightning.benchmarking.problem import Loss, Problem
 from jsae_lightning.jacobians import edge_penalty
+from jsae_lightning.kernels import cpu_products
 from jsae_lightning.losses import pair_losses
 from jsae_lightning.penalties import make_penalty
 from jsae_lightning.schedules import penalizes
@@ -80,11 +81,12 @@ def own_loss(problem: Problem, coef: float) -> Float[Tensor, ""]:
 def run_floor(problem: Problem) -> None:
     """Compute the products that the module's docstring lists."""
     pair, mlp, x = problem.pair, problem.mlp, problem.x
+    product = torch.mm if problem.is_mixed or x.device.type != "cpu" else cpu_products.product
     with problem.autocast():
         y = mlp(x)
-        x @ pair.input_sae.W_enc
-        y @ pair.output_sae.W_enc
-        pair.output_sae.W_enc.T @ mlp.W_out.T
+        product(x, pair.input_sae.W_enc)
+        product(y, pair.output_sae.W_enc)
+        product(pair.output_sae.W_enc.T, mlp.W_out.T)
         for weight in (mlp.W_in, mlp.W_gate):
             if weight is not None:
-                pair.input_sae.W_dec @ weight
+                product(pair.input_sae.W_dec, weight)

@@ -8,15 +8,21 @@ from typing import Any
 
 import torch
 
+from jsae_lightning.kernels.cpu_products import onednn_is_faster
+
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Return the processor, the cores that this process may use, torch's threads, the device, and the precision."""
+    """Return the processor, usable cores, torch's threads, the device, and how float32 products are made there.
+
+    `float32_products` says who makes the large ones of `kernels=cpu`.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "cpu": cpu_name(),
         "cores": cores,
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "float32_products": "onednn" if onednn_is_faster() else "torch",
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
 

@@ -6,9 +6,9 @@
 The products for P, Q and their gradients are dense, but only over latents that some token uses; they are made for a
 slice of d_mlp at a time where P, Q and their gradients would be larger than the rest of a training step.
 
-Within a block each thread has its own part of the hidden units: P, Q and all that is gathered from them are
-(parts, ..., units of a part), and torch shares out the operations along the first dimension, so that no thread reads
-what another wrote; where they have no cache in common, that is worth half the time.
+Within a block each thread has its own part of the hidden units: all that is gathered from P and Q, and their
+gradients, are (parts, ..., units of a part), and torch shares out the operations along the first dimension, so that no
+thread reads what another wrote; where they have no cache in common, that is worth half the time.
 
 First derivatives only; every sum runs in a fixed order, so results repeat bit for bit with the same number of threads.
 """
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from jsae_lightning.kernels.blocks import blocks
+from jsae_lightning.kernels.cpu_products import add_product_, product
 
 BLOCK_ELEMENTS = 2**20
 """Of a block's gathered rows: 16 tokens at k 32 and d_mlp 2048, 4 MB in float32, which stay in cache."""
@@ -88,7 +89,7 @@ class _Projections(NamedTuple):
     """The projected dictionaries, and what else belongs to a slice of the hidden units, in parts."""
 
     P: Tensor
-    """(parts, rows of the output SAE, units of a part)."""
+    """(rows of the output SAE, parts, units of a part)."""
     Qs: list[Tensor]
     W_out: Tensor
     """(units, d_model)."""
@@ -154,9 +155,13 @@ def _project(
     out: _Rows, in_: _Rows, W_out: Tensor, terms: Sequence[Tensor], units: slice, dtype: torch.dtype
 ) -> _Projections:
     weights = [weight[:, units] for weight in terms[: len(terms) // 2]]
-    P = _products(out.rows, W_out[units].T, dtype)
-    slopes = [_in_parts(slope[:, units], len(P)) for slope in terms[len(terms) // 2 :]]
-    return _Projections(P, [_products(in_.rows, weight, dtype) for weight in weights], W_out[units], weights, slopes)
+    parts = num_parts(weights[0].shape[1], torch.get_num_threads())
+    P, *Qs = (
+        _products(rows, weight, dtype).unflatten(1, (parts, -1))
+        for rows, weight in [(out.rows, W_out[units].T), *((in_.rows, weight) for weight in weights)]
+    )
+    slopes = [_in_parts(slope[:, units], parts) for slope in terms[len(terms) // 2 :]]
+    return _Projections(P, Qs, W_out[units], weights, slopes)
 
 
 def _in_parts(columns: Tensor, parts: int) -> Tensor:
@@ -165,35 +170,30 @@ def _in_parts(columns: Tensor, parts: int) -> Tensor:
 
 
 def _products(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a b, its columns in parts, in the dtype of b, computed in `dtype`."""
-    parts = num_parts(b.shape[1], torch.get_num_threads())
-    products = b.new_empty(parts, len(a), b.shape[1] // parts)
-    a, b = a.to(dtype), b.to(dtype)
-    for product, columns in zip(products, b.chunk(parts, dim=1), strict=True):
-        if dtype == product.dtype:
-            torch.mm(a, columns, out=product)
-        else:
-            product.copy_(a @ columns)
-    return products
+    """Return a b in the dtype of b, computed in `dtype`."""
+    return product(a.to(dtype), b.to(dtype)).to(b.dtype)
 
 
 def _add_products(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """Return total + the sum over parts of a[part] b[part], in the place of `total`; None is zero."""
     for part, rows in zip(a, b.chunk(len(a)), strict=True):
         if total is None:
-            total = (part.to(dtype) @ rows.to(dtype)).to(b.dtype)
+            total = _products(part, rows, dtype)
         elif dtype == total.dtype:
-            total.addmm_(part, rows)
+            add_product_(total, part, rows)
         else:
-            total.add_(part.to(dtype) @ rows.to(dtype))
+            total.add_(_products(part, rows, dtype))
     assert total is not None
     return total
 
 
 class _Latents(NamedTuple):
-    """Which rows a block's tokens use of a (parts, rows, units) tensor, in the order of parts, tokens and latents."""
+    """Which rows a block's tokens use of P or Q and of its gradient, in the order of parts, tokens and latents."""
 
     indices: Tensor
+    """Of P or Q, (rows, parts, units of a part)."""
+    grad_indices: Tensor
+    """Of its gradient, (parts, rows, units of a part)."""
     shape: tuple[int, int, int]
     """Parts, tokens, k."""
 
@@ -203,15 +203,15 @@ class _Latents(NamedTuple):
         torch.index_select(rows.flatten(0, 1), 0, self.indices, out=gathered.flatten(0, 2))
         return gathered
 
-    def add_to(self, rows: Tensor, values: Tensor) -> None:
+    def add_to(self, grad_rows: Tensor, values: Tensor) -> None:
         """Add what `gather` has the gradient `values` of."""
-        rows.flatten(0, 1).index_add_(0, self.indices, values.flatten(0, 2))
+        grad_rows.flatten(0, 1).index_add_(0, self.grad_indices, values.flatten(0, 2))
 
 
 def _latents(indices: Tensor, rows: Tensor) -> _Latents:
-    parts, total, _ = rows.shape
-    starts = torch.arange(0, parts * total, total)[:, None]
-    return _Latents((indices.flatten() + starts).flatten(), (parts, *indices.shape))
+    total, parts, _ = rows.shape
+    part, flat = torch.arange(parts)[:, None], indices.flatten()
+    return _Latents((flat * parts + part).flatten(), (flat + total * part).flatten(), (parts, *indices.shape))
 
 
 def _view(flat: Tensor, *shape: int) -> Tensor:
@@ -247,7 +247,7 @@ def _projection_gradients(
     grad: Tensor, projections: _Projections, indices_out: Tensor, indices_in: Tensor, grad_slopes: list[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the gradients of P and of each Q; fill `grad_slopes` where it is not empty."""
-    grad_P, grad_Qs = torch.zeros_like(projections.P), [torch.zeros_like(Q) for Q in projections.Qs]
+    grad_P, *grad_Qs = (rows.new_zeros(rows.transpose(0, 1).shape) for rows in (projections.P, *projections.Qs))
     k_out, k_in = indices_out.shape[1], indices_in.shape[1]
     token_blocks = blocks(len(grad), BLOCK_ELEMENTS // (max(k_out, k_in) * projections.W_out.shape[0]))
     keeps_rows = bool(grad_slopes) or len(projections.Qs) > 1
@@ -255,7 +255,7 @@ def _projection_gradients(
     for block in token_blocks:
         out, in_ = _latents(indices_out[block], projections.P), _latents(indices_in[block], projections.Qs[0])
         rows_out = out.gather(projections.P, work_out[0]) if keeps_rows else None
-        grad_block = grad[block].repeat(len(projections.P), 1, 1)
+        grad_block = grad[block].repeat(len(grad_P), 1, 1)
         for term, (Q, slope) in enumerate(zip(projections.Qs, projections.slopes, strict=True)):
             slope_block = slope[:, block]
             grad_scaled = _view(work_grad, *out.shape, Q.shape[2])
@@ -263,7 +263,7 @@ def _projection_gradients(
             scaled = _view(work, *grad_scaled.shape)
             if grad_slopes and rows_out is not None:
                 sums = torch.mul(grad_scaled, rows_out, out=scaled).sum(dim=2)
-                _in_parts(grad_slopes[term], len(projections.P))[:, block, 0] = sums
+                _in_parts(grad_slopes[term], len(grad_P))[:, block, 0] = sums
             out.add_to(grad_P, grad_scaled.mul_(slope_block))
             torch.mul(out.gather(projections.P, work) if rows_out is None else rows_out, slope_block, out=scaled)
             grad_in = _view(work_grad, *in_.shape, Q.shape[2])
