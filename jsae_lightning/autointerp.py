@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from jsae_lightning.console import log_to_stdout, show
 from jsae_lightning.errors import UserError
 from jsae_lightning.evaluation_request import read_request
+from jsae_lightning.exported_pairs import find_export, read_pair_config
 from jsae_lightning.launch import exit_codes
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def main() -> None:
         if not given.run.is_dir():
             raise UserError(f"{given.run}: there is no such folder: give a run's folder or an exported pair's")
         if given.load_scores is not None:
-            _take_scores(given.load_scores, folder)
+            _take_scores(given.load_scores, given.run, folder)
             return
         if given.cfg is not None:
             show([OmegaConf.to_yaml(read_request(given.run, given.overrides).cfg).rstrip()])
@@ -53,11 +54,13 @@ def main() -> None:
         print("\n".join(f"{side} latents: {path}" for side, path in paths.items()), flush=True)
 
 
-def _take_scores(source: Path, folder: Path) -> None:
+def _take_scores(source: Path, run: Path, folder: Path) -> None:
     from jsae_lightning.evaluation_files import EXPLANATIONS
     from jsae_lightning.interpretation_scores import load_scores, write_scores
 
-    path = write_scores(load_scores(source), folder / EXPLANATIONS / "scores.jsonl")
+    pair = read_pair_config(find_export(run))
+    num_latents = {side: pair[f"{side}_sae"]["d_sae"] for side in ("input", "output")}
+    path = write_scores(load_scores(source, num_latents), folder / EXPLANATIONS / "scores.jsonl")
     print(f"scores: {path}", flush=True)
 
 

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from jsae_lightning.atomic_files import atomic_file, atomic_folder
 from jsae_lightning.errors import UserError
-from jsae_lightning.exported_pairs import FORMAT_VERSION, SAES, find_export, read_pair_config
+from jsae_lightning.exported_pairs import FORMAT_VERSION, SAES, check_section, find_export, read_pair_config
 from jsae_lightning.frozen_mlp import FrozenMLP
+from jsae_lightning.model_card import model_card
 from jsae_lightning.sae import SAEPair
+from jsae_lightning.torch_devices import usable_device
 
 if TYPE_CHECKING:
     from jsae_lightning.language_model import LanguageModel
@@ -37,7 +39,7 @@ def save_pair(pair: SAEPair, folder: str | Path, *, metadata: dict[str, Any] | N
     """
     from safetensors.torch import save_file
 
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     config = {
         **(metadata or {}),
         "format_version": FORMAT_VERSION,
@@ -55,7 +57,7 @@ def save_pair(pair: SAEPair, folder: str | Path, *, metadata: dict[str, Any] | N
     with _export_files(folder.resolve()) as files:
         save_file(tensors, files["model.safetensors"])
         files["config.json"].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        files["README.md"].write_text(_model_card(config), encoding="utf-8")
+        files["README.md"].write_text(model_card(config), encoding="utf-8")
     return folder
 
 
@@ -86,9 +88,10 @@ def _holds_other_files(folder: Path) -> bool:
 def load_pair(folder: str | Path, *, device: str | torch.device = "cpu") -> SAEPair:
     """Read a folder written by `save_pair`.
 
-    Raises UserError naming the file and key for anything missing, truncated, misshapen, NaN or infinite.
+    Raises UserError naming the file and key for anything missing, truncated, misshapen, NaN or infinite, and for a
+    device that is not there.
     """
-    folder = Path(folder)
+    folder, device = Path(folder).expanduser(), usable_device(device)
     config = read_pair_config(folder)
     shapes = [config[name] for name in SAES]
     pair = SAEPair(
@@ -128,45 +131,14 @@ def _check_tensors(path: Path, found: dict[str, Tensor], expected: dict[str, Ten
                 f"{path}: tensor {name} has shape {list(found[name].shape)}, config.json says "
                 f"{list(tensor.shape)}: export again"
             )
+        if not found[name].is_floating_point():
+            raise UserError(
+                f"{path}: tensor {name} is {found[name].dtype}, no floating-point type: export the pair again"
+            )
         if not torch.isfinite(found[name]).all():
             raise UserError(f"{path}: tensor {name} has NaN or infinite values: export an earlier checkpoint")
     if unknown := set(found) - set(expected):
         raise UserError(f"{path}: unknown tensor {min(unknown)}: this is no export of a pair")
-
-
-def _model_card(config: dict[str, Any]) -> str:
-    model, jacobian = config.get("model", {}), config.get("jacobian", {})
-    rows = "\n".join(
-        f"| {name.split('_')[0]} SAE | {config[name]['d_model']} | {config[name]['d_sae']} | {config[name]['k']} |"
-        for name in SAES
-    )
-    drawn = " with its weights drawn at random" if model.get("random_weights") else ""
-    penalised = "without a penalty" if jacobian.get("coef") == 0 else "with a penalty"
-    lines = [
-        "---",
-        "library_name: jsae-lightning",
-        "tags: [sparse-autoencoder, jacobian-sae, interpretability]",
-        "---",
-        "# Jacobian SAE pair",
-        "",
-        f"Two TopK sparse autoencoders on the input and output of the MLP in layer {model.get('layer', '?')} of "
-        f"`{model.get('name', 'unknown')}`{drawn}, trained {penalised} on the Jacobian between their latents.",
-        "",
-        "| | d_model | latents | k |",
-        "|---|---|---|---|",
-        rows,
-        "",
-        f"Penalty: {jacobian.get('penalty', '?')}, weight {jacobian.get('coef', '?')}, Jacobian at the "
-        f"{jacobian.get('at', '?')}; {config.get('tokens_seen', '?')} tokens.",
-        "",
-        "```python",
-        "from jsae_lightning import SAEPair, load_run",
-        "pair = SAEPair.load(FOLDER)      # the two SAEs",
-        "run = load_run(FOLDER)           # with the MLP of the language model, checked by its hash: run.pair, run.mlp",
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -178,52 +150,57 @@ class Run:
     config: dict[str, Any]
     """`config.json` of the export: model, layer, hashes, penalty, tokens seen."""
     folder: Path
+    model: str
+    """Where the language model is: its name or folder of training, or the one that `load_run` was given."""
 
     def language_model(self, *, device: str | torch.device = "cpu") -> "LanguageModel":
         """Load the language model that the pair was trained on, hooked at its layer."""
         from jsae_lightning.language_model import LanguageModel
 
-        model = self.config["model"]
-        return LanguageModel.load(
-            model["name"],
-            layer=model["layer"],
-            revision=model["revision"],
-            dtype=model["dtype"],
-            random_weights=model["random_weights"],
-            seed=model["random_seed"],
-            synthetic=model.get("synthetic"),
-            device=device,
-        )
+        return LanguageModel.load(self.model, device=device, **_model_arguments(self.config["model"], self.model))
 
     def tokenizer(self) -> Any:
         """Load the language model's tokenizer; a synthetic model has none."""
         from jsae_lightning.language_model import load_tokenizer
 
-        return load_tokenizer(self.config["model"]["name"], revision=self.config["model"]["revision"])
+        return load_tokenizer(self.model, revision=_model_arguments(self.config["model"], self.model)["revision"])
 
 
-def load_run(folder: str | Path, *, device: str | torch.device = "cpu") -> Run:
+def load_run(folder: str | Path, *, model: str | Path | None = None, device: str | torch.device = "cpu") -> Run:
     """Load the pair of a run or export folder together with the MLP that it was trained on.
 
-    The MLP is loaded by the same path as in training; raises UserError if its weights' hash differs.
+    The MLP is loaded by the same path as in training, from the language model's name or folder of then; `model` is
+    where that language model is now, if it is elsewhere.
+
+    Raises:
+        UserError: there is no whole export in `folder`, the language model is not found, or the hash of its MLP's
+            weights is not that of training.
     """
-    folder = Path(folder)
+    folder, device = Path(folder).expanduser(), usable_device(device)
     export = find_export(folder)
     config = read_pair_config(export)
-    model = config.get("model")
-    if not model:
-        raise UserError(f"{export / 'config.json'}: model is missing, so the MLP cannot be found: use SAEPair.load")
-    mlp = FrozenMLP.from_pretrained(
-        model["name"],
-        layer=model["layer"],
-        revision=model["revision"],
-        dtype=model["dtype"],
-        random_weights=model["random_weights"],
-        seed=model["random_seed"],
-        synthetic=model.get("synthetic"),  # absent from exports of versions that had none
-    )
-    check_mlp_hash(mlp, model)
-    return Run(*in_one_precision(load_pair(export, device=device), mlp.to(device)), config, folder)
+    trained_on = check_section(export, config, "model")
+    name = trained_on["name"] if model is None else str(model)
+    if model is None and Path(name).is_absolute() and not Path(name).exists():
+        raise UserError(
+            f"{export / 'config.json'}: model.name: there is no {name} here: say where that language model is now, "
+            "load_run(..., model=DIR)"
+        )
+    mlp = FrozenMLP.from_pretrained(name, **_model_arguments(trained_on, name))
+    check_mlp_hash(mlp, trained_on | {"name": name})
+    return Run(*in_one_precision(load_pair(export, device=device), mlp.to(device)), config, folder, name)
+
+
+def _model_arguments(trained_on: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return how the language model of `config.json` is loaded from `name`; a local folder has no revisions."""
+    return {
+        "layer": trained_on["layer"],
+        "revision": None if Path(name).expanduser().is_dir() else trained_on["revision"],
+        "dtype": trained_on["dtype"],
+        "random_weights": trained_on["random_weights"],
+        "seed": trained_on["random_seed"],
+        "synthetic": trained_on.get("synthetic"),  # absent from exports of versions that had none
+    }
 
 
 def in_one_precision(pair: SAEPair, mlp: FrozenMLP) -> tuple[SAEPair, FrozenMLP]:

@@ -96,7 +96,7 @@ def compose_evaluation(
     register()
     store = ConfigStore.instance()
     store.store(name="eval_root_schema", node=EvaluateConfig)
-    store.store(group="model", name="of_run", node=_model_of_run(pair, folder))
+    store.store(group="model", name="of_run", node=_model_of_run(pair["model"]))
     store.store(group="data", name="of_run", node=_data_of_run(pair))
     _refuse_keys_of_training(overrides)
     defaults = []
@@ -252,10 +252,7 @@ def _refuse_keys_of_training(overrides: Sequence[str]) -> None:
             raise UserError(f"{key}: matters in training only: leave it out (eval.tokens sets the extent)")
 
 
-def _model_of_run(pair: dict[str, Any], folder: Path) -> dict[str, Any]:
-    model = pair.get("model")
-    if not model:
-        raise UserError(f"{folder}: config.json of the pair has no model, so there is nothing to splice: give a run")
+def _model_of_run(model: dict[str, Any]) -> dict[str, Any]:
     is_folder = Path(model["name"]).is_dir()
     return {
         "name": None if is_folder else model["name"],

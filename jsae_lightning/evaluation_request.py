@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from jsae_lightning.evaluate_config import compose_evaluation
-from jsae_lightning.exported_pairs import find_export, read_pair_config
+from jsae_lightning.exported_pairs import check_section, find_export, read_pair_config
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,10 @@ def read_request(
     Raises:
         UserError: there is no exported pair in `folder`, or `overrides` hold a mistake.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     export = find_export(folder)
     pair_config = read_pair_config(export)
+    for section in ("model", "jacobian"):
+        check_section(export, pair_config, section)
     cfg = compose_evaluation(folder, pair_config, overrides, config_dirs)
     return EvaluationRequest(folder, export, pair_config, cfg, Path(out or cfg.eval.out or folder / "eval"))

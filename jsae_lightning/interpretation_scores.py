@@ -3,7 +3,7 @@
 import csv
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,12 @@ class Interpretation:
     scorer: str | None = None
 
 
-def load_scores(path: Path) -> list[Interpretation]:
+def load_scores(path: Path, num_latents: Mapping[str, int] | None = None) -> list[Interpretation]:
     """Read `.jsonl` (an object a line) or `.csv` (a header line) with side, latent, explanation, score, scorer.
 
-    `side` is input or output, `latent` an integer >= 0, `score` any finite number; explanation, score and scorer may be
-    missing, null or (CSV) empty, but not both of explanation and score. Other fields are ignored.
+    `side` is input or output, `latent` an integer >= 0 (below `num_latents[side]`, if given), `score` any finite
+    number; explanation, score and scorer may be missing, null or (CSV) empty, but not both of explanation and score.
+    Other fields are ignored.
 
     Raises:
         UserError: naming file, line and field, for anything else, and for a latent that has two lines of one scorer.
@@ -47,6 +48,11 @@ def load_scores(path: Path) -> list[Interpretation]:
     seen: dict[tuple[str, int, str | None], int] = {}
     for line, row in rows:
         item = _checked(row, f"{path}: line {line}")
+        if num_latents is not None and item.latent >= num_latents[item.side]:
+            raise UserError(
+                f"{path}: line {line}: latent: {item.latent}, but this pair's {item.side} latents are 0 to "
+                f"{num_latents[item.side] - 1}: the scores are another pair's"
+            )
         key = (item.side, item.latent, item.scorer)
         if key in seen:
             raise UserError(

@@ -11,7 +11,6 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -23,8 +22,10 @@ from jsae_lightning.bridge import check_mlp, extract_mlp, wrap
 from jsae_lightning.cache_files import bytes_hash
 from jsae_lightning.errors import UserError
 from jsae_lightning.frozen_mlp import FrozenMLP
-from jsae_lightning.model_files import check_safetensors, first_line, model_folder
+from jsae_lightning.model_files import model_folder
+from jsae_lightning.model_loading import load_tokenizer, load_weights
 from jsae_lightning.random_weights import fresh_model, redraw_matrices
+from jsae_lightning.torch_devices import usable_device
 
 __all__ = ["Architecture", "LanguageModel", "check_layer", "load_tokenizer", "read_architecture"]
 
@@ -36,33 +37,6 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-
-_ROUND_TRIP = "The cat sat on a mat: 12 + 34 = 46."
-
-
-def load_tokenizer(name_or_path: str, *, revision: str | None = None) -> Any:
-    """Return the model's own transformers tokenizer; for a local folder without any network.
-
-    Raises UserError if the folder has no tokenizer files, or if a text does not survive encoding and decoding (which
-    is how a folder with the wrong files, or with a placeholder for them, shows).
-    """
-    folder = model_folder(name_or_path, revision=revision, part="tokenizer")
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise UserError(
-            f"model: the tokenizer of {name_or_path} cannot be loaded ({first_line(error)}): copy its files again"
-        ) from error
-    ids = tokenizer.encode(_ROUND_TRIP, add_special_tokens=False)
-    text = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-    if text.lower().split() != _ROUND_TRIP.lower().split():
-        raise UserError(
-            f"model: the tokenizer of {name_or_path} turns {_ROUND_TRIP!r} into {text!r}: its files are missing or "
-            "damaged, copy them again"
-        )
-    return tokenizer
 
 
 class LanguageModel:
@@ -99,7 +73,7 @@ class LanguageModel:
         *,
         layer: int,
         revision: str | None = None,
-        dtype: str = "float32",
+        dtype: str | torch.dtype = "float32",
         device: str | torch.device = "cpu",
         random_weights: bool | Literal["full"] = False,
         seed: int = 0,
@@ -107,13 +81,17 @@ class LanguageModel:
     ) -> "LanguageModel":
         """Load a Hugging Face model, local or from the hub, and check that its MLP is one that we can write down.
 
-        `layer` counts from 0; `dtype` (a key of DTYPES) is the language model's own, whatever its files hold.
+        `layer` counts from 0; `dtype` (a key of DTYPES or its value) is the language model's own, whatever its files
+        hold.
         `random_weights=True` redraws its weight matrices under `seed` (`redraw_matrices`), `"full"` initialises it
         afresh from its configuration (no weights are read or downloaded). With `synthetic` (the keys of
         `model.synthetic`) the model is made, not read: a `SyntheticLanguageModel`, of one layer and in float32 only.
-        Raises UserError for everything that `read_architecture` refuses, a layer out of range, missing, corrupt or
-        incomplete weights, an unsupported activation, and an MLP whose formula does not give the model's own output.
+        Raises UserError for everything that `read_architecture` refuses, a device that is not there, a layer out of
+        range, missing, corrupt or incomplete weights, an unsupported activation, and an MLP whose formula does not give
+        the model's own output.
         """
+        device = usable_device(device)
+        dtype = str(dtype).removeprefix("torch.")
         if dtype not in DTYPES:
             raise UserError(f"model.dtype: {dtype!r} is not a floating-point type: choose one of {', '.join(DTYPES)}")
         if random_weights not in (False, True, "full"):
@@ -130,14 +108,13 @@ class LanguageModel:
 
             return SyntheticLanguageModel(synthetic, device=device)
         folder = model_folder(name_or_path, revision=revision, part="config" if random_weights == "full" else "weights")
-        device = torch.device(device)
 
         def make_model() -> Any:
             model: Any
             if random_weights == "full":
                 model = fresh_model(load_config(folder, name_or_path), seed=seed, dtype=DTYPES[dtype])
             else:
-                model = _load_weights(folder, name_or_path, DTYPES[dtype])
+                model = load_weights(folder, name_or_path, DTYPES[dtype])
             if random_weights is True:
                 redraw_matrices(model, d_model=architecture.d_model, seed=seed)
             return model.to(device).eval()
@@ -159,9 +136,13 @@ class LanguageModel:
 
     @torch.no_grad()
     def mlp_in(self, tokens: Int64[Tensor, "batch seq"]) -> Float[Tensor, "batch seq d_model"]:
-        """Return the tensor that enters the layer's MLP, after its norm, as float32; later layers are not run."""
+        """Return the tensor that enters the layer's MLP, after its norm, as float32; later layers are not run.
+
+        Raises UserError for tokens that the model has not, as `check_tokens` says.
+        """
         from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
+        self.check_tokens(tokens)
         captured: list[Tensor] = []
 
         def stop(tensor: Tensor, hook: Any) -> None:
@@ -182,8 +163,10 @@ class LanguageModel:
         """Return next-token logits as float32, with the layer's MLP input or output, or both, replaced.
 
         Each callable gets the tensor at its site, (batch, seq, d_model) in float32, and returns what takes its place;
-        the MLP then runs on the replaced input. The identity leaves the logits bit-identical.
+        the MLP then runs on the replaced input. The identity leaves the logits bit-identical. Raises UserError for
+        tokens that the model has not, as `check_tokens` says.
         """
+        self.check_tokens(tokens)
         hooks = [
             (site, _splice(replace, tokens.shape))
             for site, replace in (("hook_in", replace_mlp_in), ("hook_out", replace_mlp_out))
@@ -216,6 +199,28 @@ class LanguageModel:
         for name, tensor in chain(self._bridge.named_parameters(), self._bridge.named_buffers()):
             parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)} {bytes_hash(tensor)}")
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def check_tokens(self, tokens: Any) -> None:
+        """Raise UserError unless these are rows of token ids of this model, no longer than its context."""
+        if not isinstance(tokens, Tensor):
+            raise UserError(f"tokens: is a {type(tokens).__name__}, not a tensor: give torch.tensor([ids, ids, ...])")
+        if tokens.dtype not in (torch.int64, torch.int32) or tokens.ndim != 2 or not tokens.numel():
+            raise UserError(
+                f"tokens: is {tokens.dtype} of shape {list(tokens.shape)}, not int64 of (batch, seq): give "
+                "torch.tensor([ids, ids, ...]), rows of token ids"
+            )
+        length, vocab = self.architecture.context_length, self.architecture.vocab_size
+        if tokens.shape[1] > length:
+            raise UserError(
+                f"tokens: rows of {tokens.shape[1]:,}, but {self.name} has a context of {length:,}: cut them into rows "
+                "of at most that"
+            )
+        low, high = (int(end) for end in torch.aminmax(tokens))
+        if low < 0 or high >= vocab:
+            raise UserError(
+                f"tokens: there is an id {low if low < 0 else high:,}, but {self.name} knows 0 to {vocab - 1:,}: take "
+                "the ids of its own tokenizer"
+            )
 
     def _run(self, tokens: Tensor, hooks: list[tuple[str, Callable]], *, return_type: str | None) -> Any:
         sites = [(f"blocks.{self.layer}.mlp.{site}", hook) for site, hook in hooks]
@@ -255,42 +260,3 @@ def _check_tokens(architecture: Architecture) -> Tensor:
     """A few random tokens to compare two computations on, always the same."""
     size = (2, min(16, architecture.context_length))
     return torch.randint(architecture.vocab_size, size, generator=torch.Generator().manual_seed(0))
-
-
-def _load_weights(folder: Path, name: str, dtype: torch.dtype) -> Any:
-    """Load the causal language model in `folder`; nothing half-loaded, no code of the model's run."""
-    check_safetensors(folder)
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    config = load_config(folder, name)
-    loaded: Any
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        # No attn_implementation: transformers takes sdpa, or eager where the architecture refuses it (Gemma-2).
-        loaded = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            config=config,
-            dtype=dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"model: transformers cannot load {name} ({first_line(error)}): copy its files again or choose another"
-        ) from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
-    model, report = loaded
-    if report["missing_keys"]:
-        # transformers would go on with random values in their place.
-        missing = sorted(report["missing_keys"])
-        raise UserError(
-            f"model: the weights of {name} lack {len(missing)} tensors, such as {missing[0]}: copy its files again"
-        )
-    return model

@@ -19,13 +19,13 @@ from jsae_lightning.errors import UserError
 class Latents(NamedTuple):
     """The k latents that TopK chose for each token. An entry is active if and only if its value is above zero."""
 
-    values: Float[Tensor, "tokens k"]
+    values: Float[Tensor, "*tokens k"]
     """Activations after the ReLU, >= 0."""
-    indices: Int[Tensor, "tokens k"]
+    indices: Int[Tensor, "*tokens k"]
     """Which latents, in [0, d_sae)."""
 
     @property
-    def active(self) -> Bool[Tensor, "tokens k"]:
+    def active(self) -> Bool[Tensor, "*tokens k"]:
         """Mask of the entries that the ReLU let through."""
         return self.values > 0
 
@@ -64,18 +64,27 @@ class TopKSAE(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.b_dec = nn.Parameter(torch.zeros(d_model))
 
-    def encode(self, x: Float[Tensor, "tokens d_model"]) -> Latents:
-        """S = relu(topk_k((x [- b_dec]) W_enc + b_enc)); no gradient through the choice of the k."""
+    def encode(self, x: Float[Tensor, "*tokens d_model"]) -> Latents:
+        """S = relu(topk_k((x [- b_dec]) W_enc + b_enc)); no gradient through the choice of the k.
+
+        Raises UserError where x is not as wide as the SAE.
+        """
+        if x.shape[-1:] != (self.d_model,):
+            raise UserError(f"x: has shape {list(x.shape)}, not (tokens, {self.d_model}), the d_model of this SAE")
         if self.subtract_b_dec:
             x = x - self.b_dec
-        return Latents(*kernels.topk_encode(x, self.W_enc, self.b_enc, self.k))
+        values, indices = kernels.topk_encode(x.reshape(-1, self.d_model), self.W_enc, self.b_enc, self.k)
+        shape = (*x.shape[:-1], self.k)
+        return Latents(values.view(shape), indices.view(shape))
 
-    def decode(self, latents: Latents) -> Float[Tensor, "tokens d_model"]:
+    def decode(self, latents: Latents) -> Float[Tensor, "*tokens d_model"]:
         """x_hat = s W_dec + b_dec."""
-        return kernels.sparse_decode(latents.values, latents.indices, self.W_dec) + self.b_dec
+        values, indices = (tensor.reshape(-1, tensor.shape[-1]) for tensor in latents)
+        x_hat = kernels.sparse_decode(values, indices, self.W_dec) + self.b_dec
+        return x_hat.view(*latents.values.shape[:-1], self.d_model)
 
-    def forward(self, x: Float[Tensor, "tokens d_model"]) -> tuple[Float[Tensor, "tokens d_model"], Latents]:
-        """Return the reconstruction x_hat and the latents."""
+    def forward(self, x: Float[Tensor, "*tokens d_model"]) -> tuple[Float[Tensor, "*tokens d_model"], Latents]:
+        """Return the reconstruction x_hat and the latents, for tokens in any shape: (batch, seq, d_model) too."""
         latents = self.encode(x)
         return self.decode(latents), latents
 
@@ -118,7 +127,11 @@ class SAEPair(nn.Module):
         super().__init__()
         self.input_sae = TopKSAE(d_model, d_sae, k, subtract_b_dec=subtract_b_dec, generator=generator)
         self.output_sae = TopKSAE(
-            d_model, d_sae_output or d_sae, k_output or k, subtract_b_dec=subtract_b_dec, generator=generator
+            d_model,
+            d_sae if d_sae_output is None else d_sae_output,
+            k if k_output is None else k_output,
+            subtract_b_dec=subtract_b_dec,
+            generator=generator,
         )
 
     @property

@@ -9,6 +9,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from factories import make_pair
 from held_out_factory import make_held_out
 from jsae_lightning import autointerp
 from jsae_lightning.autointerp_export import export_autointerp, priorities
@@ -171,8 +172,13 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == "of:\n- data=c4\n"
     scores = tmp_path / "s.csv"
     scores.write_text("side,latent,score\ninput,1,0.5\n")
+    make_pair(d_sae=2, k=1).float().save(tmp_path / "sae_pair")
     command(monkeypatch, tmp_path, "--load-scores", scores, "--out", tmp_path / "other")
     assert read(tmp_path / "other" / "autointerp" / "scores.jsonl")[0]["score"] == 0.5
+    scores.write_text("side,latent,score\ninput,1,0.5\noutput,2,0.5\n")
+    with pytest.raises(SystemExit):
+        command(monkeypatch, tmp_path, "--load-scores", scores)
+    assert "line 3: latent: 2, but this pair's output latents are 0 to 1: the scores" in capsys.readouterr().err
     for arguments in ((tmp_path / "nowhere",), (tmp_path, "--latents", "x"), (tmp_path, "--load-scores", "s.txt")):
         with pytest.raises(SystemExit) as end:
             command(monkeypatch, *arguments)

@@ -1,14 +1,16 @@
 """Exports: round trip, and refusal of everything damaged or foreign."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from factories import make_pair, make_x
-from jsae_lightning.checkpoint import load_pair, read_checkpoint
+from jsae_lightning.checkpoint import load_pair, load_run, read_checkpoint
 from jsae_lightning.errors import UserError
+from jsae_lightning.evaluation_request import read_request
 from jsae_lightning.launch import find_checkpoint
 from jsae_lightning.sae import SAEPair
 
@@ -65,6 +67,10 @@ DAMAGE = {
     "wrong shape": (lambda t: t.update({"input_sae.b_dec": torch.zeros(3)}), r"input_sae.b_dec has shape \[3\]"),
     "NaN": (lambda t: t["output_sae.W_dec"].fill_(float("nan")), "output_sae.W_dec has NaN"),
     "Inf": (lambda t: t["output_sae.b_enc"].fill_(float("inf")), "output_sae.b_enc has NaN or inf"),
+    "whole numbers": (
+        lambda t: t.update({"input_sae.b_dec": torch.ones(10, dtype=torch.int32)}),
+        "b_dec is torch.int32",
+    ),
     "foreign tensor": (lambda t: t.update({"gate": torch.zeros(1)}), "unknown tensor gate"),
 }
 
@@ -90,12 +96,95 @@ def test_truncated_file_is_refused(export):
         ("{", "no valid JSON"),
         ('{"format_version": 9}', "format_version 9"),
         ('{"format_version": 1}', "input_sae.d_model"),
+        ("[]", r"is \[\], not a JSON object"),
+        ('"x"', 'is "x", not a JSON object'),
+        ('{"format_version": 1, "input_sae": [3]}', r"input_sae: \[3\] is no JSON object"),
     ],
 )
 def test_bad_config_is_refused(content, message, export):
     (export / "config.json").write_text(content)
     with pytest.raises(UserError, match=message):
         load_pair(export)
+
+
+@pytest.mark.parametrize(
+    ("side", "key", "value", "message"),
+    [
+        ("input_sae", "k", "8", "input_sae.k: '8' is no whole number"),
+        ("input_sae", "k", 8.0, "input_sae.k: 8.0 is no whole number"),
+        ("input_sae", "d_model", True, "input_sae.d_model: True is no whole number"),
+        ("output_sae", "k", None, "output_sae.k: None is no whole number"),
+        ("output_sae", "k", 0, "output_sae.k: 0 is no whole number above 0"),
+        ("output_sae", "k", 41, "output_sae.k: 41 is more than its 40 latents"),
+        ("output_sae", "d_model", 11, "input_sae.d_model is 10, output_sae.d_model 11"),
+        ("output_sae", "subtract_b_dec", 1, "output_sae.subtract_b_dec: 1 is no bool"),
+    ],
+)
+def test_sizes_that_no_pair_has_are_refused(side, key, value, message, export):
+    config = json.loads((export / "config.json").read_text())
+    config[side][key] = value
+    (export / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"config.json: {message}"):
+        load_pair(export)
+
+
+MODEL = {
+    "name": "tiny", "layer": 1, "revision": None, "dtype": "float32", "random_weights": False, "random_seed": 0,
+    "mlp_hash": "0" * 64,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": None}, "model is missing, so only the two SAEs can be had"),
+        ({"model": [1]}, r"model: \[1\] is no JSON object"),
+        *(({"model": {k: v for k, v in MODEL.items() if k != key}}, f"model.{key} is missing") for key in MODEL),
+        ({"model": MODEL | {"layer": "1"}}, "model.layer: '1' is no int"),
+        ({"model": MODEL | {"layer": True}}, "model.layer: True is no int"),
+        ({"model": MODEL | {"revision": 7}}, "model.revision: 7 is no str or null"),
+    ],
+)
+def test_what_is_needed_of_the_model_is_checked_where_it_is_needed(change, message, export):
+    """The pair alone does without."""
+    config = json.loads((export / "config.json").read_text())
+    (export / "config.json").write_text(json.dumps(config | change))
+    assert load_pair(export).d_model == 10
+    with pytest.raises(UserError, match=f"config.json: {message}"):
+        load_run(export)
+    with pytest.raises(UserError, match=f"config.json: {message}"):
+        read_request(export, [])
+
+
+def test_an_evaluation_needs_to_know_the_penalty(export):
+    config = json.loads((export / "config.json").read_text())
+    for jacobian, message in (
+        (None, "jacobian is missing"),
+        ({"coef": 1, "at": "input", "penalty": "l1"}, "jacobian.params is missing"),
+    ):
+        (export / "config.json").write_text(json.dumps(config | {"model": MODEL, "jacobian": jacobian}))
+        with pytest.raises(UserError, match=f"config.json: {message}"):
+            read_request(export, [])
+
+
+def test_a_device_that_is_not_there_is_refused(export):
+    with pytest.raises(UserError, match="device: 'gpu' is no device"):
+        load_pair(export, device="gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="device: cuda, but torch sees no CUDA device"):
+            SAEPair.load(export, device="cuda")
+    missing = f"cuda:{max(torch.cuda.device_count(), 1)}"
+    with pytest.raises(UserError, match=f"device: {missing}, but torch sees"):
+        load_run(export, device=missing)
+
+
+def test_home_is_understood(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    make_pair().float().save("~/pair")
+    assert (tmp_path / "pair" / "config.json").is_file()
+    assert SAEPair.load("~/pair").d_model == 10
+    with pytest.raises(UserError, match="model is missing"):
+        load_run("~/pair")
 
 
 def test_missing_folder_is_refused(tmp_path):
@@ -127,7 +216,7 @@ def test_find_checkpoint_prefers_last(tmp_path):
 
 
 def test_load_run_finds_the_embedded_model_by_its_name_and_checks_its_hash(tmp_path):
-    from jsae_lightning import FrozenMLP, load_run
+    from jsae_lightning import FrozenMLP
     from jsae_lightning.tiny_lm import NAME
 
     mlp = FrozenMLP.from_pretrained(NAME, layer=1)
@@ -139,6 +228,45 @@ def test_load_run_finds_the_embedded_model_by_its_name_and_checks_its_hash(tmp_p
     pair.save(tmp_path / "sae_pair", metadata={"model": model | {"layer": 2, "mlp_hash": mlp.weights_hash()}})
     with pytest.raises(UserError, match="not those that the pair was trained on"):
         load_run(tmp_path)
+
+
+def test_load_run_is_told_where_the_model_is_now(tmp_path):
+    """Trained on a folder of another machine; hash, tokenizer and language model are those of the new place."""
+    from jsae_lightning import FrozenMLP, tiny_lm
+
+    here = tmp_path / "moved"
+    shutil.copytree(tiny_lm.WEIGHTS, here)
+    mlp = FrozenMLP.from_pretrained(tiny_lm.NAME, layer=1)
+    model = MODEL | {"name": "/cluster/models/tiny", "mlp_hash": mlp.weights_hash()}
+    make_pair(d_model=128).float().save(tmp_path / "pair", metadata={"model": model})
+    with pytest.raises(
+        UserError, match=r"model.name: there is no /cluster/models/tiny here: .*load_run\(..., model=DIR\)"
+    ):
+        load_run(tmp_path / "pair")
+    run = load_run(tmp_path / "pair", model=here)
+    assert torch.equal(run.mlp.W_in, mlp.W_in) and run.model == str(here)
+    ids = run.tokenizer().encode("def main():")
+    assert run.language_model().mlp_in(torch.tensor([ids])).shape == (1, len(ids), 128)
+    assert run.config["model"]["name"] == "/cluster/models/tiny"
+    (here / "model.safetensors").write_bytes(_other_weights(here / "model.safetensors"))
+    with pytest.raises(UserError, match=f"{here}: the MLP's weights .* are not those that the pair was trained on"):
+        load_run(tmp_path / "pair", model=here)
+
+
+def test_a_folder_in_the_place_of_a_hub_model_has_no_revision(tmp_path):
+    from jsae_lightning import FrozenMLP, tiny_lm
+
+    mlp = FrozenMLP.from_pretrained(tiny_lm.NAME, layer=1)
+    model = MODEL | {"name": "team/tiny", "revision": "step3000", "mlp_hash": mlp.weights_hash()}
+    make_pair(d_model=128).float().save(tmp_path, metadata={"model": model})
+    run = load_run(tmp_path, model=str(tiny_lm.WEIGHTS))
+    assert torch.equal(run.language_model().frozen_mlp.W_in, mlp.W_in)
+    assert run.tokenizer().encode("x")
+
+
+def _other_weights(path):
+    tensors = {name: tensor * 2 for name, tensor in load_file(path).items()}
+    return save(tensors, metadata={"format": "pt"})
 
 
 def test_saving_takes_nothing_that_is_not_the_pairs(tmp_path):
@@ -198,3 +326,11 @@ def test_the_card_tells_baselines_and_controls(tmp_path):
     assert "layer 2 of `a/model`, trained with a penalty on the Jacobian" in plain
     control = card(model=model | {"random_weights": True}, jacobian={"penalty": "l1", "coef": 0.0})
     assert "`a/model` with its weights drawn at random, trained without a penalty on the Jacobian" in control
+    assert "Penalty: l1 of the Jacobian, weight 0.5, at the ?; trained on ? tokens." in plain
+    jacobian = {"penalty": "l1", "coef": 1, "at": "input", "edges": "contribution", "token_fraction": 0.25}
+    full = card(model=model | {"revision": "main"}, jacobian=jacobian, tokens_seen=7)
+    assert "layer 2 of `a/model`, revision `main`, trained with a penalty" in full
+    assert (
+        "Penalty: l1 of the Jacobian times the input latents, weight 1, at the input, on a part of 0.25 of the tokens; "
+        "trained on 7 tokens." in full
+    )

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from jsae_lightning import bridge, language_model
+from jsae_lightning.config import config_dir, to_dict
 from jsae_lightning.errors import UserError
 from jsae_lightning.frozen_mlp import FrozenMLP
 from jsae_lightning.language_model import LanguageModel
@@ -236,6 +238,48 @@ def test_mixture_of_experts_is_refused_where_the_configuration_does_not_tell(fol
     monkeypatch.setattr(architecture, "_EXPERT_KEYS", ())
     with pytest.raises(UserError, match="layer 1 of this mixtral has no single dense MLP"):
         LanguageModel.load(str(folders["mixtral"]), layer=LAYER)
+
+
+def test_a_dtype_may_be_torchs_own(folders):
+    rounded = LanguageModel.load(str(folders["gpt_neox"]), layer=LAYER, dtype=torch.bfloat16)
+    assert rounded.itemsize == 2
+    with pytest.raises(UserError, match="model.dtype: 'int64' is not a floating-point type"):
+        LanguageModel.load(str(folders["gpt_neox"]), layer=LAYER, dtype=torch.int64)
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded():
+    with pytest.raises(UserError, match="device: 'gpu' is no device: give 'cpu', 'cuda' or 'cuda:0'"):
+        LanguageModel.load("nowhere", layer=LAYER, device="gpu")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([[1, 2]], "is a list, not a tensor"),
+        ("text", "is a str, not a tensor"),
+        (TOKENS[0], r"is torch.int64 of shape \[12\], not int64 of \(batch, seq\)"),
+        (TOKENS.float(), "is torch.float32 of shape"),
+        (TOKENS[:, :0], r"is torch.int64 of shape \[2, 0\]"),
+        (TOKENS + 276, "there is an id [0-9]+, but .*gpt_neox knows 0 to 287: take the ids of its own tokenizer"),
+        (-TOKENS, "there is an id -[0-9]+, but"),
+        (TOKENS.repeat(1, 99), "rows of 1,188, but .*gpt_neox has a context of [0-9]+: cut them"),
+    ],
+)
+def test_tokens_that_the_model_has_not_are_refused(neox, tokens, message):
+    with pytest.raises(UserError, match=f"tokens: {message}"):
+        neox.check_tokens(tokens)
+    neox.check_tokens(TOKENS)
+    neox.check_tokens(TOKENS.int())
+
+
+def test_tokens_are_checked_wherever_they_enter(neox):
+    settings = OmegaConf.load(config_dir() / "model" / "synthetic.yaml")
+    synthetic = LanguageModel.load("synthetic", layer=0, synthetic=to_dict(settings.synthetic))
+    for model in (neox, synthetic):
+        wrong = torch.full((1, 2), model.architecture.vocab_size)
+        for call in (model.mlp_in, model.logits):
+            with pytest.raises(UserError, match="tokens: there is an id"):
+                call(wrong)
 
 
 @pytest.mark.parametrize(("key", "value"), [("dtype", "int8"), ("dtype", "fp32")])

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from factories import make_pair, make_x
+from jsae_lightning import kernels
 from jsae_lightning.errors import UserError
 from jsae_lightning.sae import Latents, SAEPair, TopKSAE
 
@@ -21,6 +22,32 @@ def test_forward_by_hand():
     assert latents.values.tolist() == [[2.5, 0.0]]
     assert latents.active.tolist() == [[True, False]]
     assert x_hat.tolist() == [[12.5, 20.0]]
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4), (), (0, 4)])
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_tokens_may_have_any_shape(monkeypatch, name, shape):
+    """(batch, seq, d_model), as a language model hands it out; one token; none."""
+    monkeypatch.setattr(kernels, "_forced", [kernels.IMPLEMENTATIONS[name]])
+    sae = TopKSAE(6, 12, 3, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(*shape, 6, generator=torch.Generator().manual_seed(1))
+    x_hat, latents = sae(x)
+    flat_hat, flat = sae(x.reshape(-1, 6))
+    assert x_hat.shape == x.shape and torch.equal(x_hat.reshape(-1, 6), flat_hat)
+    assert latents.values.shape == latents.indices.shape == latents.active.shape == (*shape, 3)
+    assert torch.equal(latents.values.reshape(-1, 3), flat.values)
+    assert torch.equal(latents.fired(12), flat.fired(12))
+    grads = []
+    for out in (x_hat, flat_hat):
+        sae.zero_grad()
+        out.square().sum().backward()
+        grads.append(sae.W_enc.grad.clone())
+    assert torch.equal(*grads)
+
+
+def test_an_input_of_another_width_is_refused():
+    with pytest.raises(UserError, match=r"x: has shape \[2, 5\], not \(tokens, 6\)"):
+        TopKSAE(6, 12, 3).encode(torch.zeros(2, 5))
 
 
 def test_a_latent_has_fired_if_it_is_active_for_some_token():

@@ -63,6 +63,7 @@ class SyntheticLanguageModel(LanguageModel):
     @torch.no_grad()
     def features(self, tokens: Int64[Tensor, "batch seq"]) -> Float[Tensor, "batch seq n_in"]:
         """Return the true activation of each input feature, float64."""
+        self.check_tokens(tokens)
         return self._token_features(tokens.to(self.device))
 
     @torch.no_grad()
