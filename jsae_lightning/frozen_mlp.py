@@ -91,7 +91,7 @@ class FrozenMLP(nn.Module):
         product = _at_least_float32(x.to(weight.dtype) @ weight)
         return product if bias is None else product + bias
 
-    def forward(self, mlp_in: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens d_model"]:
+    def forward(self, mlp_in: Float[Tensor, "*tokens d_model"]) -> Float[Tensor, "*tokens d_model"]:
         """Return mlp_out, in the dtype of the buffers; see the module's docstring for the formula."""
         act = ACTIVATIONS[self.activation].value
         hidden = self._project(mlp_in, self.W_in, self.b_in)

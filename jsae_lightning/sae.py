@@ -134,6 +134,16 @@ class SAEPair(nn.Module):
             generator=generator,
         )
 
+    @classmethod
+    def of(cls, input_sae: TopKSAE, output_sae: TopKSAE) -> "SAEPair":
+        """Make a pair of two SAEs, which are not copied. Raises UserError where their d_model differ."""
+        if input_sae.d_model != output_sae.d_model:
+            raise UserError(f"output_sae: its d_model is {output_sae.d_model}, the input SAE's {input_sae.d_model}")
+        with torch.device("meta"):
+            pair = cls(input_sae.d_model, 1, 1)
+        pair.input_sae, pair.output_sae = input_sae, output_sae
+        return pair
+
     @property
     def d_model(self) -> int:
         """Width of the residual stream, the same for both SAEs."""
