@@ -18,12 +18,14 @@ from jsae_lightning.errors import UserError
 from jsae_lightning.exported_pairs import FORMAT_VERSION, SAES, check_section, find_export, read_pair_config
 from jsae_lightning.frozen_mlp import FrozenMLP
 from jsae_lightning.model_card import model_card
-from jsae_lightning.sae import SAEPair
+from jsae_lightning.sae import SAEPair, TopKSAE
 from jsae_lightning.torch_devices import usable_device
 
 if TYPE_CHECKING:
     from jsae_lightning.language_model import LanguageModel
 
+_SAE_KEYS = ("d_model", "d_sae", "k", "subtract_b_dec")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _EXPORT_FILES = ("README.md", "config.json", "model.safetensors")
 
 
@@ -93,20 +95,12 @@ def load_pair(folder: str | Path, *, device: str | torch.device = "cpu") -> SAEP
     """
     folder, device = Path(folder).expanduser(), usable_device(device)
     config = read_pair_config(folder)
-    shapes = [config[name] for name in SAES]
-    pair = SAEPair(
-        shapes[0]["d_model"],
-        shapes[0]["d_sae"],
-        shapes[0]["k"],
-        d_sae_output=shapes[1]["d_sae"],
-        k_output=shapes[1]["k"],
-        subtract_b_dec=shapes[0]["subtract_b_dec"],
-    )
-    pair.output_sae.subtract_b_dec = shapes[1]["subtract_b_dec"]
+    with torch.device("meta"):  # no memory before the file has shown to have these sizes
+        pair = SAEPair.of(*(TopKSAE(**{key: config[name][key] for key in _SAE_KEYS}) for name in SAES))
     tensors = _read_safetensors(folder / "model.safetensors")
     _check_tensors(folder / "model.safetensors", tensors, pair.state_dict())
-    pair = pair.to(tensors["input_sae.W_dec"].dtype)
-    pair.load_state_dict(tensors)
+    dtype = tensors["input_sae.W_dec"].dtype
+    pair.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
     return pair.to(device)
 
 
@@ -131,9 +125,10 @@ def _check_tensors(path: Path, found: dict[str, Tensor], expected: dict[str, Ten
                 f"{path}: tensor {name} has shape {list(found[name].shape)}, config.json says "
                 f"{list(tensor.shape)}: export again"
             )
-        if not found[name].is_floating_point():
+        if found[name].dtype not in _DTYPES:
             raise UserError(
-                f"{path}: tensor {name} is {found[name].dtype}, no floating-point type: export the pair again"
+                f"{path}: tensor {name} is {found[name].dtype}, not float16, bfloat16, float32 or float64: export the "
+                "pair again"
             )
         if not torch.isfinite(found[name]).all():
             raise UserError(f"{path}: tensor {name} has NaN or infinite values: export an earlier checkpoint")
@@ -180,7 +175,9 @@ def load_run(folder: str | Path, *, model: str | Path | None = None, device: str
     export = find_export(folder)
     config = read_pair_config(export)
     trained_on = check_section(export, config, "model")
-    name = trained_on["name"] if model is None else str(model)
+    if model is not None and trained_on.get("synthetic"):
+        raise UserError(f"model: {model}, but the model of this pair is made and not loaded: leave it out")
+    name = trained_on["name"] if model is None else _place(model)
     if model is None and Path(name).is_absolute() and not Path(name).exists():
         raise UserError(
             f"{export / 'config.json'}: model.name: there is no {name} here: say where that language model is now, "
@@ -189,6 +186,12 @@ def load_run(folder: str | Path, *, model: str | Path | None = None, device: str
     mlp = FrozenMLP.from_pretrained(name, **_model_arguments(trained_on, name))
     check_mlp_hash(mlp, trained_on | {"name": name})
     return Run(*in_one_precision(load_pair(export, device=device), mlp.to(device)), config, folder, name)
+
+
+def _place(model: str | Path) -> str:
+    """Return a folder's absolute path, a hub name as it is."""
+    folder = Path(model).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else str(model)
 
 
 def _model_arguments(trained_on: dict[str, Any], name: str) -> dict[str, Any]:

@@ -100,9 +100,12 @@ def compose_evaluation(
     store.store(group="data", name="of_run", node=_data_of_run(pair))
     _refuse_keys_of_training(overrides)
     defaults = []
+    given = {override.split("=", 1)[0].lstrip("+~") for override in overrides}
+    if "model.path" in given and "model.revision" not in given:
+        defaults.append("model.revision=null")  # of the hub's model, which a folder is a copy of
     if any(override.startswith("data=") for override in overrides):
         kept = {key: value for key, value in pair.get("data", {}).items() if key in _OF_THE_SAES}
-        defaults = [f"data.{key}={'null' if value is None else value}" for key, value in kept.items()]
+        defaults += [f"data.{key}={'null' if value is None else value}" for key, value in kept.items()]
     if _judged_without_first(folder, pair):
         defaults.append("eval.exclude_first_position=true")
     if config_dirs:
@@ -231,7 +234,9 @@ def _check(cfg: DictConfig) -> None:
     if not 0 <= cfg.data.val_fraction <= 1:
         raise UserError(f"data.val_fraction: {cfg.data.val_fraction} is not a share: give a number from 0 to 1")
     if cfg.model.path is not None and not Path(cfg.model.path).is_dir():
-        raise UserError(f"model.path: there is no directory '{cfg.model.path}': give a Hugging Face model directory")
+        raise UserError(
+            f"model.path: there is no directory '{cfg.model.path}': say where that model is now, model.path=DIR"
+        )
     for name in cfg.eval.parts or ():
         if name not in PARTS:
             raise UserError(f"eval.parts: '{name}' is not known: choose among {', '.join(PARTS)}")
@@ -253,7 +258,7 @@ def _refuse_keys_of_training(overrides: Sequence[str]) -> None:
 
 
 def _model_of_run(model: dict[str, Any]) -> dict[str, Any]:
-    is_folder = Path(model["name"]).is_dir()
+    is_folder = Path(model["name"]).is_absolute() or Path(model["name"]).is_dir()
     return {
         "name": None if is_folder else model["name"],
         "path": model["name"] if is_folder else None,
@@ -269,7 +274,7 @@ def _data_of_run(pair: dict[str, Any]) -> dict[str, Any]:
 
 def _judged_without_first(folder: Path, pair: dict[str, Any]) -> bool:
     """Whether the run's own evaluations left position 0 out; False where neither the export nor a run tells."""
-    if "evaluation" in pair:
+    if "exclude_first_position" in pair.get("evaluation", {}):
         return bool(pair["evaluation"]["exclude_first_position"])
     resolved = folder.resolve()  # exports of earlier versions do not tell, but their run does
     run = resolved.parent if resolved.name == "sae_pair" else resolved

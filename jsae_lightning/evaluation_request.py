@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from jsae_lightning.evaluate_config import compose_evaluation
-from jsae_lightning.exported_pairs import check_section, find_export, read_pair_config
+from jsae_lightning.exported_pairs import check_for_evaluation, find_export, read_pair_config
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,6 @@ def read_request(
     folder = Path(folder).expanduser()
     export = find_export(folder)
     pair_config = read_pair_config(export)
-    for section in ("model", "jacobian"):
-        check_section(export, pair_config, section)
+    check_for_evaluation(export, pair_config)
     cfg = compose_evaluation(folder, pair_config, overrides, config_dirs)
     return EvaluationRequest(folder, export, pair_config, cfg, Path(out or cfg.eval.out or folder / "eval"))

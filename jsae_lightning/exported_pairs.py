@@ -10,6 +10,7 @@ from jsae_lightning.errors import UserError
 FORMAT_VERSION = 1
 SAES = ("input_sae", "output_sae")
 _SIZES = ("d_model", "d_sae", "k")
+_LARGEST = 2**31
 _SECTIONS: dict[str, dict[str, tuple[type, ...]]] = {
     "model": {
         "name": (str,),
@@ -23,6 +24,10 @@ _SECTIONS: dict[str, dict[str, tuple[type, ...]]] = {
     "jacobian": {"coef": (int, float), "at": (str,), "penalty": (str,), "params": (dict,)},
 }
 """What a run's export says beyond the pair itself: keys and types. Only what needs a section reads it."""
+_WITHOUT = {
+    "model": "only the two SAEs can be had: use SAEPair.load, or export a run",
+    "jacobian": "the pair cannot be judged: save it with metadata={'jacobian': {coef, penalty, params, at}, ...}",
+}
 
 
 def find_export(folder: Path) -> Path:
@@ -43,7 +48,7 @@ def read_pair_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: there is no such file: give the folder of an exported pair (sae_pair/ of a run)")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is no valid JSON ({error}): export the pair again") from error
     if not isinstance(config, dict):
         raise UserError(f"{path}: is {json.dumps(config)[:40]}, not a JSON object: export the pair again")
@@ -69,7 +74,7 @@ def check_section(folder: Path, config: dict[str, Any], section: str) -> dict[st
     """
     where, found = f"{folder / 'config.json'}: {section}", config.get(section)
     if not found:
-        raise UserError(f"{where} is missing, so only the two SAEs can be had: use SAEPair.load, or export a run")
+        raise UserError(f"{where} is missing, so {_WITHOUT[section]}")
     _check_mapping(found, where)
     for key, types in _SECTIONS[section].items():
         if key not in found:
@@ -77,7 +82,17 @@ def check_section(folder: Path, config: dict[str, Any], section: str) -> dict[st
         if not isinstance(found[key], types) or (isinstance(found[key], bool) and bool not in types):
             names = " or ".join("null" if kind is NoneType else kind.__name__ for kind in types)
             raise UserError(f"{where}.{key}: {found[key]!r} is no {names}: export the pair again")
+    if not isinstance(found.get("synthetic", {}), (dict, NoneType)):
+        raise UserError(f"{where}.synthetic: {found['synthetic']!r} is no JSON object: export the pair again")
     return found
+
+
+def check_for_evaluation(folder: Path, config: dict[str, Any]) -> None:
+    """Raise UserError unless the `config.json` of an export holds what a pair is judged by."""
+    for section in _SECTIONS:
+        check_section(folder, config, section)
+    for section in ("data", "evaluation"):
+        _check_mapping(config.get(section, {}), f"{folder / 'config.json'}: {section}")
 
 
 def _check_sae(sae: Any, where: str) -> None:
@@ -86,8 +101,8 @@ def _check_sae(sae: Any, where: str) -> None:
         if key not in (sae or {}):
             raise UserError(f"{where}.{key} is missing: export the pair again")
     for key in _SIZES:
-        if not isinstance(sae[key], int) or isinstance(sae[key], bool) or sae[key] < 1:
-            raise UserError(f"{where}.{key}: {sae[key]!r} is no whole number above 0: export the pair again")
+        if not isinstance(sae[key], int) or isinstance(sae[key], bool) or not 1 <= sae[key] < _LARGEST:
+            raise UserError(f"{where}.{key}: {sae[key]!r} is no whole number from 1 to 2^31: export the pair again")
     if sae["k"] > sae["d_sae"]:
         raise UserError(f"{where}.k: {sae['k']} is more than its {sae['d_sae']} latents: export the pair again")
     if not isinstance(sae["subtract_b_dec"], bool):

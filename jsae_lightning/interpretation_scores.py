@@ -38,6 +38,8 @@ def load_scores(path: Path, num_latents: Mapping[str, int] | None = None) -> lis
     """
     if path.suffix not in (".jsonl", ".csv"):
         raise UserError(f"{path}: is neither .jsonl nor .csv: rename it after what it holds")
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder: give a .jsonl or .csv file")
     try:
         rows = list(_json_rows(path) if path.suffix == ".jsonl" else _csv_rows(path))
     except FileNotFoundError as error:

@@ -215,7 +215,7 @@ class LanguageModel:
                 f"tokens: rows of {tokens.shape[1]:,}, but {self.name} has a context of {length:,}: cut them into rows "
                 "of at most that"
             )
-        low, high = (int(end) for end in torch.aminmax(tokens))
+        low, high = torch.stack(torch.aminmax(tokens)).tolist()  # one wait for the device
         if low < 0 or high >= vocab:
             raise UserError(
                 f"tokens: there is an id {low if low < 0 else high:,}, but {self.name} knows 0 to {vocab - 1:,}: take "

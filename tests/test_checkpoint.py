@@ -13,6 +13,7 @@ from jsae_lightning.errors import UserError
 from jsae_lightning.evaluation_request import read_request
 from jsae_lightning.launch import find_checkpoint
 from jsae_lightning.sae import SAEPair
+from jsae_lightning.torch_devices import usable_device
 
 
 @pytest.fixture
@@ -67,6 +68,7 @@ DAMAGE = {
     "wrong shape": (lambda t: t.update({"input_sae.b_dec": torch.zeros(3)}), r"input_sae.b_dec has shape \[3\]"),
     "NaN": (lambda t: t["output_sae.W_dec"].fill_(float("nan")), "output_sae.W_dec has NaN"),
     "Inf": (lambda t: t["output_sae.b_enc"].fill_(float("inf")), "output_sae.b_enc has NaN or inf"),
+    "float8": (lambda t: t.update({"input_sae.b_dec": torch.ones(10).to(torch.float8_e4m3fn)}), "is torch.float8"),
     "whole numbers": (
         lambda t: t.update({"input_sae.b_dec": torch.ones(10, dtype=torch.int32)}),
         "b_dec is torch.int32",
@@ -98,6 +100,7 @@ def test_truncated_file_is_refused(export):
         ('{"format_version": 1}', "input_sae.d_model"),
         ("[]", r"is \[\], not a JSON object"),
         ('"x"', 'is "x", not a JSON object'),
+        ("[" * 200_000, "no valid JSON"),
         ('{"format_version": 1, "input_sae": [3]}', r"input_sae: \[3\] is no JSON object"),
     ],
 )
@@ -114,7 +117,8 @@ def test_bad_config_is_refused(content, message, export):
         ("input_sae", "k", 8.0, "input_sae.k: 8.0 is no whole number"),
         ("input_sae", "d_model", True, "input_sae.d_model: True is no whole number"),
         ("output_sae", "k", None, "output_sae.k: None is no whole number"),
-        ("output_sae", "k", 0, "output_sae.k: 0 is no whole number above 0"),
+        ("output_sae", "k", 0, "output_sae.k: 0 is no whole number from 1 to"),
+        ("input_sae", "d_sae", 10**30, "input_sae.d_sae: 1000000000000000000000000000000 is no whole number from 1"),
         ("output_sae", "k", 41, "output_sae.k: 41 is more than its 40 latents"),
         ("output_sae", "d_model", 11, "input_sae.d_model is 10, output_sae.d_model 11"),
         ("output_sae", "subtract_b_dec", 1, "output_sae.subtract_b_dec: 1 is no bool"),
@@ -165,6 +169,50 @@ def test_an_evaluation_needs_to_know_the_penalty(export):
         (export / "config.json").write_text(json.dumps(config | {"model": MODEL, "jacobian": jacobian}))
         with pytest.raises(UserError, match=f"config.json: {message}"):
             read_request(export, [])
+
+
+@pytest.mark.parametrize("section", ["data", "evaluation"])
+@pytest.mark.parametrize("value", [None, [], 3])
+def test_sections_that_are_no_objects_are_refused(section, value, export):
+    config = json.loads((export / "config.json").read_text())
+    jacobian = {"coef": 1, "at": "input", "penalty": "l1", "params": {}}
+    (export / "config.json").write_text(json.dumps(config | {"model": MODEL, "jacobian": jacobian, section: value}))
+    with pytest.raises(UserError, match=f"config.json: {section}: .* is no JSON object"):
+        read_request(export, [])
+
+
+def test_sizes_are_compared_before_memory_is_taken(export):
+    """A pair of 2^30 latents of 10 dimensions would take 80 GB."""
+    config = json.loads((export / "config.json").read_text())
+    config["input_sae"]["d_sae"] = 2**30
+    (export / "config.json").write_text(json.dumps(config))
+    message = r"input_sae.W_dec has shape \[32, 10\], config.json says \[1073741824, 10\]"
+    with pytest.raises(UserError, match=message):
+        load_pair(export)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_pair_is_loaded_in_the_files_precision_and_can_be_trained(export, dtype):
+    _edit(export, lambda tensors: tensors.update({name: value.to(dtype) for name, value in tensors.items()}))
+    pair = load_pair(export)
+    assert {parameter.dtype for parameter in pair.parameters()} == {dtype}
+    assert all(parameter.requires_grad and parameter.is_leaf for parameter in pair.parameters())
+    assert (pair.input_sae.W_enc.device, pair.output_sae.d_sae) == (torch.device("cpu"), 40)
+
+
+@pytest.mark.parametrize("device", ["meta", "mps", "vulkan"])
+def test_devices_without_numbers_or_code_are_refused(export, device):
+    with pytest.raises(UserError, match=f"device: {device} cannot be computed on here"):
+        load_pair(export, device=device)
+
+
+def test_gpus_are_counted(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert usable_device("cuda:1") == torch.device("cuda:1") and usable_device("cuda") == torch.device("cuda")
+    with pytest.raises(UserError, match="device: cuda:2, but torch sees 2: give a lower number"):
+        usable_device("cuda:2")
+    assert usable_device(None) == torch.device("cpu")
 
 
 def test_a_device_that_is_not_there_is_refused(export):
@@ -230,7 +278,7 @@ def test_load_run_finds_the_embedded_model_by_its_name_and_checks_its_hash(tmp_p
         load_run(tmp_path)
 
 
-def test_load_run_is_told_where_the_model_is_now(tmp_path):
+def test_load_run_is_told_where_the_model_is_now(tmp_path, monkeypatch):
     """Trained on a folder of another machine; hash, tokenizer and language model are those of the new place."""
     from jsae_lightning import FrozenMLP, tiny_lm
 
@@ -243,7 +291,9 @@ def test_load_run_is_told_where_the_model_is_now(tmp_path):
         UserError, match=r"model.name: there is no /cluster/models/tiny here: .*load_run\(..., model=DIR\)"
     ):
         load_run(tmp_path / "pair")
-    run = load_run(tmp_path / "pair", model=here)
+    monkeypatch.chdir(tmp_path)
+    run = load_run(tmp_path / "pair", model="moved")
+    monkeypatch.chdir("/")  # it is still found
     assert torch.equal(run.mlp.W_in, mlp.W_in) and run.model == str(here)
     ids = run.tokenizer().encode("def main():")
     assert run.language_model().mlp_in(torch.tensor([ids])).shape == (1, len(ids), 128)
@@ -253,7 +303,7 @@ def test_load_run_is_told_where_the_model_is_now(tmp_path):
         load_run(tmp_path / "pair", model=here)
 
 
-def test_a_folder_in_the_place_of_a_hub_model_has_no_revision(tmp_path):
+def test_a_folder_in_the_place_of_a_hub_model_has_no_revision(tmp_path, monkeypatch):
     from jsae_lightning import FrozenMLP, tiny_lm
 
     mlp = FrozenMLP.from_pretrained(tiny_lm.NAME, layer=1)
@@ -262,6 +312,37 @@ def test_a_folder_in_the_place_of_a_hub_model_has_no_revision(tmp_path):
     run = load_run(tmp_path, model=str(tiny_lm.WEIGHTS))
     assert torch.equal(run.language_model().frozen_mlp.W_in, mlp.W_in)
     assert run.tokenizer().encode("x")
+    monkeypatch.setenv("HOME", str(tiny_lm.WEIGHTS.parent))
+    assert load_run(tmp_path, model=f"~/{tiny_lm.WEIGHTS.name}").model == str(tiny_lm.WEIGHTS)
+
+
+def test_jsae_eval_is_told_where_the_model_is_now(tmp_path):
+    """The revision is the hub model's, a folder has none, unless it is asked for."""
+    from jsae_lightning import tiny_lm
+
+    model = MODEL | {"name": "team/tiny", "revision": "step3000"}
+    jacobian = {"coef": 1, "at": "input", "penalty": "l1", "params": {}}
+    make_pair(d_model=128).float().save(tmp_path / "a", metadata={"model": model, "jacobian": jacobian})
+    there = [f"model.path={tiny_lm.WEIGHTS}", "data=stdlib"]
+    assert read_request(tmp_path / "a", there).cfg.model.revision is None
+    assert read_request(tmp_path / "a", [*there, "model.revision=main"]).cfg.model.revision == "main"
+    assert read_request(tmp_path / "a", ["data=stdlib"]).cfg.model.revision == "step3000"
+    gone = {"model": model | {"name": "/cluster/models/tiny"}, "jacobian": jacobian}
+    make_pair(d_model=128).float().save(tmp_path / "b", metadata=gone)
+    with pytest.raises(UserError, match="no directory '/cluster/models/tiny': say where .* is now, model.path=DIR"):
+        read_request(tmp_path / "b", ["data=stdlib"])
+
+
+def test_a_model_that_is_made_is_not_to_be_found_elsewhere(tmp_path):
+    model = MODEL | {"name": "synthetic", "synthetic": {"seed": 0}}
+    make_pair().float().save(tmp_path, metadata={"model": model})
+    with pytest.raises(UserError, match="model: x, but the model of this pair is made and not loaded"):
+        load_run(tmp_path, model="x")
+
+
+def test_a_card_needs_no_section(tmp_path):
+    pair = make_pair().save(tmp_path / "pair", metadata={"model": None, "jacobian": None})
+    assert "layer ? of `unknown`" in (pair / "README.md").read_text()
 
 
 def _other_weights(path):

@@ -103,6 +103,12 @@ def test_small_and_empty_products_are_torchs(calls, monkeypatch):
         assert len(calls) == made
 
 
+def test_who_turns_onednn_off_gets_torchs(calls, monkeypatch):
+    monkeypatch.setattr(cpu_products, "_is_enabled", lambda: False)
+    product(draw(20, 30, dtype=torch.float32), draw(30, 10, dtype=torch.float32))
+    assert not calls
+
+
 @pytest.mark.parametrize(
     ("processor", "is_faster"),
     [

@@ -5,7 +5,7 @@ import torch
 
 from jsae_lightning import kernels
 from jsae_lightning.errors import UserError
-from jsae_lightning.kernels import cpu, cpu_jacobian, reference
+from jsae_lightning.kernels import cpu, cpu_jacobian, cpu_products, reference
 from kernel_checks import Largest, PenaltyChecks, SparseChecks, force_onednn
 
 
@@ -20,12 +20,10 @@ def _draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.fixture(params=["one block", "blocks of some tokens", "products by oneDNN"])
+@pytest.fixture(params=["one block", "blocks of some tokens"])
 def blocks(request, monkeypatch):
-    """The tests' tokens in one block; in several with a smaller one at the end, every hidden unit a part; by oneDNN."""
-    if request.param == "products by oneDNN":
-        force_onednn(monkeypatch)
-    if request.param == "blocks of some tokens":
+    """The tests' tokens in one block; and in several with a smaller one at the end, every hidden unit a part."""
+    if request.param != "one block":
         monkeypatch.setattr(cpu_jacobian, "num_parts", lambda units, threads: units)
         monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", 24)
         monkeypatch.setattr(cpu, "MIN_CHUNK_TOKENS", 2)
@@ -105,6 +103,51 @@ def test_jacobian_values_with_some_and_all_latents_in_use(monkeypatch, dense_sha
     arguments = _jacobian_arguments(tokens=tokens, k_out=k_out, k_in=k_in)
     fast, slow = (_jacobian_gradients(implementation, arguments) for implementation in (cpu, reference))
     torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("slices", [1, 2, 5])
+@pytest.mark.parametrize("units_of_a_part", [1, 3, 5])
+@pytest.mark.parametrize("num_terms", [1, 2])
+def test_jacobian_values_with_products_by_onednn(monkeypatch, slices, units_of_a_part, num_terms):
+    """In float32, the only dtype that it is given, against float64; in slices and parts too, whose rows have gaps."""
+    force_onednn(monkeypatch)
+    given, by_onednn = [], cpu_products._by_onednn
+    monkeypatch.setattr(cpu_products, "_by_onednn", lambda a, b: given.append(a.shape) or by_onednn(a, b))
+    monkeypatch.setattr(cpu_jacobian, "MIN_PART_UNITS", units_of_a_part)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    monkeypatch.setattr(cpu_jacobian, "num_slices", lambda *shape: slices)
+    arguments = _jacobian_arguments(num_terms)
+    fast, slow = _jacobian_gradients(cpu, arguments, torch.float32), _jacobian_gradients(reference, arguments)
+    assert given
+    torch.testing.assert_close(fast[0].double(), slow[0], rtol=1e-5, atol=1e-5)
+    for found, expected in zip(fast[1], slow[1], strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_used_rows_are_padded_to_a_few_numbers_of_them():
+    """96 rows, in steps of 3: rows 5 and 70 are used, and the first unused one goes with them."""
+    rows = torch.arange(96.0)[:, None].expand(96, 2)
+    found = cpu_jacobian._used_rows(rows, torch.tensor([[70, 5], [5, 5]]))
+    assert found.rows[:, 0].tolist() == [5, 70, 0] and found.indices.tolist() == [[1, 0], [0, 0]]
+    grad = found.expand(torch.tensor([[1.0, 2.0], [3.0, 4.0], [0.0, 0.0]]))
+    assert grad[5].tolist() == [1, 2] and grad[70].tolist() == [3, 4] and grad.sum() == 10
+    assert cpu_jacobian._used_rows(rows, torch.tensor([[1, 2, 3]])).rows[:, 0].tolist() == [1, 2, 3]
+
+
+def test_products_have_few_shapes_whatever_latents_are_in_use(monkeypatch):
+    """Or what oneDNN keeps for each would let a training's memory grow."""
+    shapes, product, add_product_ = set(), cpu_products.product, cpu_products.add_product_
+    monkeypatch.setattr(cpu_jacobian, "product", lambda a, b: shapes.add((*a.shape, b.shape[1])) or product(a, b))
+    record = lambda total, a, b: shapes.add((*a.shape, b.shape[1])) or add_product_(total, a, b)  # noqa: E731
+    monkeypatch.setattr(cpu_jacobian, "add_product_", record)
+    used = set()
+    for tokens in range(1, 150):
+        arguments = _jacobian_arguments(tokens=tokens, d_sae_out=640, d_sae_in=640)
+        used.add(len(arguments[3][0].unique()))
+        fast = _jacobian_gradients(cpu, arguments)
+        if tokens % 37 == 0:
+            torch.testing.assert_close(fast, _jacobian_gradients(reference, arguments), rtol=1e-12, atol=1e-12)
+    assert len(used) > 100 and len({rows for rows, *_ in shapes}) <= 33
 
 
 def test_no_token_at_all_gives_no_values_and_zero_gradients():

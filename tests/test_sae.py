@@ -45,6 +45,12 @@ def test_tokens_may_have_any_shape(monkeypatch, name, shape):
     assert torch.equal(*grads)
 
 
+@pytest.mark.parametrize(("key", "value"), [("k_output", 0), ("d_sae_output", 0), ("k_output", 13)])
+def test_no_latents_are_no_default(key, value):
+    with pytest.raises(UserError, match="does not lie between 1 and d_sae"):
+        SAEPair(6, 12, 3, **{key: value})
+
+
 def test_an_input_of_another_width_is_refused():
     with pytest.raises(UserError, match=r"x: has shape \[2, 5\], not \(tokens, 6\)"):
         TopKSAE(6, 12, 3).encode(torch.zeros(2, 5))

@@ -1,14 +1,15 @@
 """Who is measured, by name: each a function that runs one step, forward and backward, and returns its loss.
 
 The floor and the language model's forward have no backward pass and no loss. The floor is the dense products alone,
-each once and forward only, every result in memory of its own, in the run's dtype, by the library that ours takes:
+each once and forward only, every result in memory of its own, in the run's dtype:
 
     x W_enc_x,  y W_enc_y          (tokens, d_sae) each
     y = MLP(x)                     two products and the activation function; three products if gated
     W_dec_x W_in,  W_out W_enc_y   (d_sae, d_mlp) each; one more, W_dec_x W_gate, if gated
 
-Not in it: the choice of the k largest, decoding, every gradient, J itself. Under bf16-mixed its MLP is bfloat16 too,
-although training keeps it in float32.
+All but the MLP's are made by the faster float32 library where `kernels.cpu_products` knows of one. Not in it: the
+choice of the k largest, decoding, every gradient, J itself. Under bf16-mixed its MLP is bfloat16 too, although
+training keeps it in float32.
 """
 
 from collections.abc import Callable

@@ -36,11 +36,21 @@ MIN_PART_UNITS = 256
 DENSE_SHARE = 0.8
 """With a larger share of the latents in use all are projected: to copy the used ones would cost more."""
 
+USED_STEPS = 32
+"""Numbers of rows that may be projected, of a dictionary: others are padded with unused ones.
+
+oneDNN keeps what it has prepared for each shape of a product, for ever and scattered over the heap: with as many shapes
+as there are numbers of used latents a training's memory would grow from step to step.
+"""
+
+BLOCK_ROWS = 4096
+"""Of a dictionary, that are rounded and multiplied at a time under autocast."""
+
 Terms = Sequence[tuple[Tensor, Tensor]]
 
 
 class _Rows(NamedTuple):
-    """The rows of a dictionary that some token uses, and the tokens' indices among them."""
+    """The rows of a dictionary that some token uses, perhaps with some more, and the tokens' indices among them."""
 
     rows: Tensor
     indices: Tensor
@@ -60,6 +70,8 @@ def _used_rows(rows: Tensor, indices: Tensor) -> _Rows:
     if int(is_used.sum()) > DENSE_SHARE * len(rows):
         return _Rows(rows, indices, None, len(rows))
     used = is_used.nonzero()[:, 0]
+    padding = -len(used) % max(1, len(rows) // USED_STEPS)
+    used = torch.cat([used, (~is_used).nonzero()[:padding, 0]])
     return _Rows(rows[used], (is_used.cumsum(0) - 1)[indices], used, len(rows))
 
 
@@ -171,7 +183,12 @@ def _in_parts(columns: Tensor, parts: int) -> Tensor:
 
 def _products(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a b in the dtype of b, computed in `dtype`."""
-    return product(a.to(dtype), b.to(dtype)).to(b.dtype)
+    if dtype == b.dtype:
+        return product(a, b)
+    products, rounded = b.new_empty(len(a), b.shape[1]), b.to(dtype)
+    for rows in blocks(len(a), BLOCK_ROWS):
+        products[rows] = a[rows].to(dtype) @ rounded
+    return products
 
 
 def _add_products(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

@@ -2,7 +2,8 @@
 
 torch.mm gives float32 to MKL, which leaves half of AVX-512's width unused on processors that are not Intel's; oneDNN,
 to which torch gives bfloat16 and compiled models, uses it. So there a float32 product goes to oneDNN, which takes
-about half the time; everywhere else, and in every other dtype, to torch.mm.
+about half the time; everywhere else, and in every other dtype, to torch.mm. oneDNN keeps some hundred kB for each
+shape that it meets: callers are to have few.
 """
 
 import functools
@@ -37,7 +38,11 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 def _goes_to_onednn(a: Tensor, b: Tensor) -> bool:
     is_large = len(a) * b.numel() >= MIN_OPERATIONS
-    return a.dtype == b.dtype == torch.float32 and is_large and onednn_is_faster()
+    return a.dtype == b.dtype == torch.float32 and is_large and _is_enabled() and onednn_is_faster()
+
+
+def _is_enabled() -> bool:
+    return bool(torch.backends.mkldnn.enabled)
 
 
 def _by_onednn(a: Tensor, b: Tensor) -> Tensor:
