@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
     from jsae_lightning.held_out import HeldOut
 
 PROGRAM = "jsae-eval"
+_PATIENCE = timedelta(hours=12)
+"""Other ranks wait while rank 0 sums up a graph; torch's half an hour is short for some 10^8 edges."""
 log = logging.getLogger(__name__)
 
 
@@ -260,12 +263,10 @@ def _ranks() -> Iterator[None]:
     import torch
     import torch.distributed as dist
 
-    from jsae_lightning.evaluation_setup import choose_device
-
     if torch.cuda.is_available():
-        torch.cuda.set_device(choose_device("auto"))
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     # Sums are float64 on the device of the pair; objects and barriers travel over gloo.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
     try:
         yield
     finally:

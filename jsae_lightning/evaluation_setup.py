@@ -102,9 +102,15 @@ def prepare_held_out(cfg: DictConfig, export: Path, pair_config: dict[str, Any])
 
 
 def choose_device(name: str) -> torch.device:
-    """Return this rank's device for `auto`, `cpu` or `cuda`; UserError if there is no such device."""
+    """Return this rank's device for `auto`, `cpu` or `cuda`.
+
+    Raises UserError if there is no such device, or if there are more ranks than GPUs on this machine.
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device: cuda, but torch sees no CUDA device: use device=cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if ranks > gpus:  # which nccl would refuse in words of its own
+        raise UserError(f"device: {ranks} processes, but torch sees {gpus} GPU(s): start at most {gpus} of them")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
