@@ -32,7 +32,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; on success it takes the place of `path` and of all that it held."""
+    """Yield a temporary folder beside `path`; on success it takes the place of `path` and of all that it held.
+
+    Of a link to a folder it is the folder that is replaced.
+    """
+    path = path.resolve()
     with _clear_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f"{_own_prefix(path)}{os.getpid()}.", suffix=".tmp", dir=path.parent))
@@ -58,6 +62,7 @@ def remove_stale_folders(path: Path) -> None:
 
     Those of other machines, of which that cannot be known, and those that are being written stay.
     """
+    path = path.resolve()
     if not path.parent.is_dir():
         return
     prefix = _own_prefix(path)

@@ -59,6 +59,7 @@ def save_pair(pair: SAEPair, folder: str | Path, *, metadata: dict[str, Any] | N
     with _export_files(folder.resolve()) as files:
         save_file(tensors, files["model.safetensors"])
         files["config.json"].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        files["model.safetensors"].chmod(files["config.json"].stat().st_mode & 0o777)  # else the owner's alone
         files["README.md"].write_text(model_card(config), encoding="utf-8")
     return folder
 

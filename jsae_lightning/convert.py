@@ -19,6 +19,7 @@ from jsae_lightning.errors import UserError
 from jsae_lightning.launch import exit_codes
 
 PROGRAM = "jsae-convert"
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def convert(
@@ -44,7 +45,9 @@ def convert(
     for option, chosen in (("--to", to), ("--from", source_format)):
         if chosen is not None and chosen not in FORMATS:
             raise UserError(f"{option}: '{chosen}' is not known: choose one of {', '.join(FORMATS)}")
-    target = Path(target).expanduser()
+    target = Path(target).expanduser().resolve()
+    if any(parent.exists() and not parent.is_dir() for parent in target.parents):
+        raise UserError(f"{target}: lies in a file: give a new folder")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target}: exists already: give a new folder")
     from jsae_lightning.conversion.pairs import read_pair, write_pair  # torch, once the call is known to be right
@@ -90,7 +93,9 @@ def _arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--model", metavar="NAME", help="hub name or folder (default: what the files tell)")
     group.add_argument("--layer", metavar="N", type=int, help="of the MLP, from 0 (default: what the files tell)")
     group.add_argument("--revision", metavar="REV", help="of the hub model")
-    group.add_argument("--dtype", default="float32", help="the model's, for its activations (default: float32)")
+    group.add_argument(
+        "--dtype", choices=DTYPES, help="the model's, for its activations (default: what the files tell, or float32)"
+    )
     group.add_argument("--no-model", action="store_true", help="write the two SAEs alone, which SAEPair.load reads")
     given = parser.parse_intermixed_args(arguments)
     if len(given.folders) not in (2, 3):

@@ -24,6 +24,7 @@ def model_card(config: dict[str, Any]) -> str:
             *(_row(name.replace("_sae", " SAE"), config[name]) for name in SAES),
             "",
             _how_it_was_trained(config.get("jacobian") or {}, config.get("tokens_seen", "?")),
+            *_conversion(config.get("converted_from")),
             "",
             "```python",
             "from jsae_lightning import SAEPair, load_run",
@@ -56,3 +57,11 @@ def _how_it_was_trained(jacobian: dict[str, Any], tokens: Any) -> str:
     fraction = jacobian.get("token_fraction", 1)
     part = "" if fraction == 1 else f", on a part of {fraction} of the tokens"
     return f"Penalty: {penalty} of {edges}, weight {coef}, at the {at}{part}; trained on {tokens} tokens."
+
+
+def _conversion(sources: Any) -> list[str]:
+    if not sources:
+        return []
+    formats = " and ".join(dict.fromkeys(str(source.get("format")) for source in sources))
+    untold = "" if any(source.get("jacobian") for source in sources) else ", which does not tell of any penalty"
+    return ["", f"Converted from the format {formats}{untold}."]

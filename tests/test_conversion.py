@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from factories import make_pair, make_x
 from jsae_lightning.conversion import dictionary_learning, paper, saelens, sparsify
 from jsae_lightning.conversion.folding import with_unit_rows
-from jsae_lightning.conversion.pairs import find_format, hub_name, read_pair
+from jsae_lightning.conversion.models import hub_name
+from jsae_lightning.conversion.pairs import find_format, read_pair
 from jsae_lightning.conversion.sites import Sites, find_sites
 from jsae_lightning.conversion.writing import Origin
 from jsae_lightning.errors import UserError
@@ -39,6 +40,7 @@ ORIGIN = Origin(
         "data": {"path": "team/data", "context_length": 64, "bos": "sequence"},
     },
     SITES,
+    prepends_bos=True,
 )
 
 
@@ -72,6 +74,7 @@ def test_what_is_told_of_the_saes_is_kept():
         "format": "saelens",
         "model_name": "pythia-70m-deduped",
         "hook_name": "blocks.3.hook_mlp_out",
+        "layer": 3,
         "context_size": 128,
         "prepend_bos": True,
         "dataset_path": "some/data",
@@ -89,14 +92,19 @@ def test_what_is_told_of_the_saes_is_kept():
 @pytest.mark.parametrize("subtract", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_an_sae_comes_back_as_it_was(tmp_path, form, subtract, dtype):
-    sae = make_pair(subtract_b_dec=subtract).input_sae.to(dtype)
+    sae = make_pair(subtract_b_dec=subtract).input_sae
+    with torch.no_grad():
+        sae.b_dec *= 10  # of about 1, as in trained SAEs: its product with W_enc is not to be rounded
+    sae = sae.to(dtype)
     FORMATS[form].write(sae, tmp_path / "sae", "input", ORIGIN)
     (again,) = FORMATS[form].read(tmp_path / "sae").saes
-    assert again.W_dec.dtype == dtype and again.k == sae.k
+    is_folded = form != "saelens" and not subtract
+    assert again.W_dec.dtype == (torch.promote_types(dtype, torch.float32) if is_folded else dtype)
+    assert again.k == sae.k
     for name in ("W_enc", "W_dec", "b_dec"):
-        assert torch.equal(getattr(again, name), getattr(sae, name)), name
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
-    x = make_x(tokens=40)
+        assert torch.equal(getattr(again, name), getattr(sae, name).to(again.W_dec.dtype)), name
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    x = make_x(tokens=400)
     wide, again_wide = sae.double(), again.double()
     torch.testing.assert_close(again_wide(x)[0], wide(x)[0], rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(dense(again_wide, x), dense(wide, x), rtol=tolerance, atol=tolerance)
@@ -152,6 +160,8 @@ def test_the_keys_shapes_and_flags_that_their_packages_expect(tmp_path):
     assert metadata["hook_name"] == "base.layers.2.mlp" and metadata["model_class_name"] == "AutoModelForCausalLM"
     assert metadata["model_from_pretrained_kwargs"] == {"revision": "main", "dtype": "float32"}
     assert (metadata["prepend_bos"], metadata["context_size"]) == (True, 64)
+    modes = {path.stat().st_mode for path in (tmp_path / "saelens").iterdir()}
+    assert len(modes) == 1  # safetensors' files are the owner's alone otherwise
     config = json.loads((tmp_path / "paper" / "cfg.json").read_text())
     assert config["apply_b_dec_to_input"] is False and config["activation_fn_kwargs"] == {"k": 5}
     assert config["hook_name"] == "blocks.2.ln2.hook_normalized" and config["mlp_out_mse_coefficient"] == 2.0
@@ -185,12 +195,38 @@ def test_a_scale_of_the_input_is_folded(folder):
 
 
 @pytest.mark.parametrize("folder", ["saelens"], indirect=True)
+@pytest.mark.parametrize("scale", [0, -1.0, "3", None])
+def test_a_scale_that_is_none_is_refused(folder, scale):
+    _edit_json(folder / "cfg.json", normalize_activations="expected_average_only_in")
+    (folder / "activation_scaler.json").write_text(json.dumps({"scaling_factor": scale}))
+    with pytest.raises(UserError, match=f"activation_scaler.json: scaling_factor: {scale!r} is no number above 0"):
+        saelens.read(folder)
+
+
+@pytest.mark.parametrize("folder", ["saelens"], indirect=True)
+def test_the_widest_precision_of_an_saes_tensors_is_kept(folder):
+    _edit_tensors(folder / "sae_weights.safetensors", W_dec=lambda t: t.half(), b_enc=lambda t: t + 1e5)
+    (sae,) = saelens.read(folder).saes
+    assert {parameter.dtype for parameter in sae.parameters()} == {torch.float32} and sae.b_enc.isfinite().all()
+
+
+@pytest.mark.parametrize(("dtype", "is_told"), [(torch.bfloat16, False), (torch.float32, True)])
+def test_norms_are_told_beyond_rounding(tmp_path, dtype, is_told):
+    """Rows of norm 1, rounded to bfloat16, and rows that are half a per cent off."""
+    sae = make_pair().input_sae.to(dtype)
+    with torch.no_grad():
+        sae.W_dec *= 1.005 if is_told else 1
+    saelens.write(sae, tmp_path / "sae", "input", ORIGIN)
+    assert bool(saelens.read(tmp_path / "sae").remarks) is is_told
+
+
+@pytest.mark.parametrize("folder", ["saelens"], indirect=True)
 def test_an_sae_of_saelens_before_version_6_is_read(folder):
     before = saelens.read(folder).saes[0]
     config = json.loads((folder / "cfg.json").read_text())
     for key in ("metadata", "k", "architecture", "apply_b_dec_to_input"):
         del config[key]
-    old = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 3}, "hook_name": "blocks.3.ln2.hook_normalized"}
+    old = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 3}, "hook_point": "blocks.3.ln2.hook_normalized"}
     (folder / "cfg.json").write_text(json.dumps(config | old))
     foreign = saelens.read(folder)
     x = make_x(d_model=6).float()
@@ -240,6 +276,20 @@ REFUSED = [
     ("saelens", "cfg.json", {"architecture": "gated"}, "architecture is gated"),
     ("saelens", "cfg.json", {"architecture": "standard"}, "architecture is standard"),
     ("saelens", "cfg.json", {"k": ...}, "k: None is no whole number"),
+    ("saelens", "cfg.json", {"k": True}, "k: True is no whole number"),
+    ("saelens", "cfg.json", {"activation_fn_kwargs": {"k": 4}}, "k is 3: activation_fn_kwargs.k is 4"),
+    ("saelens", "cfg.json", {"apply_b_dec_to_input": "false"}, "apply_b_dec_to_input: 'false' is no bool"),
+    ("saelens", "cfg.json", {"rescale_acts_by_decoder_norm": 1}, "rescale_acts_by_decoder_norm: 1 is no bool"),
+    ("saelens", "cfg.json", {"metadata": [1]}, r"metadata: \[1\] is no dict"),
+    ("saelens", "cfg.json", {"metadata": {"model_name": 3}}, "model_name: 3 is no str"),
+    ("saelens", "cfg.json", {"metadata": {"jsae_lightning": {"layer": "2"}}}, "jsae_lightning.layer: '2' is no int"),
+    ("saelens", "cfg.json", {"metadata": {"jsae_lightning": {"jacobian": {"coef": "2"}}}}, "coef: '2' is no int or"),
+    ("saelens", "cfg.json", {"architecture": "gated", "activation_fn": "topk"}, "architecture is gated"),
+    ("saelens", "sae_weights.safetensors", {"b_dec": torch.ones(6).to(torch.float8_e4m3fn)}, "b_dec is torch.float8"),
+    ("sparsify", "cfg.json", {"signed": True}, "signed is True"),
+    ("dictionary_learning", "config.json", {"trainer__layer": 1.5}, "trainer.layer: 1.5 is no int"),
+    ("dictionary_learning", "ae.pt", {"k": torch.tensor(3.9)}, "k is 3.9.*, config.json says 3"),
+    ("dictionary_learning", "ae.pt", {"k": torch.tensor([3, 3])}, r"k is \[3, 3\], config.json says 3"),
     ("saelens", "cfg.json", {"k": 17}, "k is 17, more than its 16 latents"),
     ("saelens", "cfg.json", {"d_sae": "16"}, "d_sae: '16' is no whole number"),
     ("saelens", "cfg.json", {"d_in": 7}, r"W_enc has shape \[6, 16\], its configuration says \[7, 16\]"),
@@ -286,7 +336,7 @@ def test_missing_and_truncated_files_are_refused(folder):
     weights.unlink()
     with pytest.raises(UserError, match=f"{module.WEIGHTS}: there is no such file"):
         module.read(folder)
-    for text, message in (("{", "no valid JSON"), ("[1]", "no JSON object")):
+    for text, message in (("{", "no valid JSON"), ("[" * 200_000, "no valid JSON"), ("[1]", "no JSON object")):
         config.write_text(text)
         with pytest.raises(UserError, match=f"{module.CONFIG}: is {message}"):
             module.read(folder)
@@ -340,7 +390,15 @@ def test_the_papers_pair_by_hand(tmp_path):
     ("config", "message"),
     [
         ({"activation_fn_str": "relu"}, "activation_fn_str is 'relu'"),
+        ({"activation_fn_str": None}, "activation_fn_str is None"),
         ({"activation_fn_kwargs": None}, "activation_fn_kwargs.k: None is no whole number"),
+        ({"activation_fn_kwargs": [3]}, r"activation_fn_kwargs: \[3\] is no dict"),
+        ({"apply_b_dec_to_input": "no"}, "apply_b_dec_to_input: 'no' is no bool"),
+        ({"randomize_llm_weights": "no"}, "randomize_llm_weights: 'no' is no bool"),
+        ({"jacobian_coefficient": "2"}, "jacobian_coefficient: '2' is no int or float"),
+        ({"jacobian_coefficient": float("nan")}, "jacobian_coefficient: nan is no int or float"),
+        ({"sparsity_metric": []}, r"sparsity_metric: \[\] is no str"),
+        ({"hook_layer": True}, "hook_layer: True is no int"),
         ({"normalize_activations": "layer_norm"}, "normalize_activations is 'layer_norm'"),
     ],
 )
@@ -361,10 +419,11 @@ def test_the_papers_penalty_and_model_are_told(tmp_path):
     told = {"model_name": "pythia-70m-deduped", "hook_layer": 3, "jacobian_coefficient": 2.0, "sparsity_metric": "l1"}
     read = read_pair([_paper(tmp_path / "pair", **told, randomize_llm_weights=True)])
     assert read.config["jacobian"]["coef"] == 2.0 and read.config["jacobian"]["penalty"] == "l1"
-    assert read.about[0]["layer"] == 3
-    assert "random weights, which are not its hub model's" in read.remarks[-1]
-    other = read_pair([_paper(tmp_path / "other", sparsity_metric="of their own")])
-    assert other.config["jacobian"]["penalty"] == "l1" and other.about[0]["sparsity_metric"] == "of their own"
+    assert read.facts[0]["layer"] == 3 and read.facts[0]["random_weights"] is True and not read.remarks
+    other = read_pair([_paper(tmp_path / "other", jacobian_coefficient=1, sparsity_metric="of their own")])
+    assert other.config["jacobian"]["penalty"] == "l1" and other.facts[0]["sparsity_metric"] == "of their own"
+    untold = read_pair([_paper(tmp_path / "untold", hook_name="blocks.7.ln2.hook_normalized")])
+    assert "whether the Jacobian was penalised is not told" in untold.remarks[0] and untold.facts[0]["layer"] == 7
 
 
 def test_sizes_that_the_papers_code_cannot_hold_are_refused(tmp_path):
@@ -385,13 +444,13 @@ def test_formats_are_recognised_by_their_files(tmp_path):
 
 
 def test_two_saes_make_a_pair(tmp_path):
-    read = read_pair([CONVERTED / "saelens", CONVERTED / "dictionary_learning"])
-    assert [about["format"] for about in read.about] == ["saelens", "dictionary_learning"]
+    read = read_pair([CONVERTED / "dictionary_learning", CONVERTED / "saelens"])
+    assert [facts["format"] for facts in read.facts] == ["dictionary_learning", "saelens"]
     x = make_x(d_model=6).float()
-    assert torch.equal(read.pair.input_sae(x)[0], saelens.read(CONVERTED / "saelens").saes[0](x)[0])
-    for side, name in (("input", "saelens"), ("output", "sparsify")):
+    assert torch.equal(read.pair.output_sae(x)[0], saelens.read(CONVERTED / "saelens").saes[0](x)[0])
+    for side, name in (("output", "saelens"), ("input", "sparsify")):
         shutil.copytree(CONVERTED / name, tmp_path / side)
-    assert [about["format"] for about in read_pair([tmp_path]).about] == ["saelens", "sparsify"]
+    assert [facts["format"] for facts in read_pair([tmp_path]).facts] == ["sparsify", "saelens"]
     assert read.config["jacobian"] == {
         "coef": 0.0, "penalty": "l1", "params": {}, "at": "input", "edges": "jacobian", "token_fraction": 1,
     }  # fmt: skip
@@ -402,9 +461,12 @@ def test_what_makes_no_pair_is_refused(tmp_path):
     ours = make_pair().save(tmp_path / "ours")
     for sources, message in (
         ([CONVERTED / "saelens"], "holds one SAE: give the input SAE's folder and the output SAE's"),
-        ([CONVERTED / "saelens", _paper(tmp_path / "paper")], "holds more than two SAEs"),
-        ([CONVERTED / "saelens", tmp_path / "wide"], "is 6 wide, that of .*wide 10"),
+        ([CONVERTED / "sparsify", _paper(tmp_path / "paper")], "holds more than two SAEs"),
+        ([tmp_path / "wide", CONVERTED / "sparsify"], "its SAE is 10 wide, that of .*sparsify 6"),
         ([ours, CONVERTED / "saelens"], "ours: is a pair already"),
+        ([CONVERTED / "saelens", CONVERTED / "sparsify"], r"saelens: is the SAE of an MLP's output \(blocks.3.hook"),
+        ([CONVERTED / "sparsify", tmp_path / "wide"], "wide: is the SAE of an MLP's input .*: give the input SAE's"),
+        ([CONVERTED / "sparsify", CONVERTED / ".." / "converted" / "sparsify"], "is given for both SAEs"),
     ):
         with pytest.raises(UserError, match=message):
             read_pair(sources)

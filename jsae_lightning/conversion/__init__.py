@@ -22,6 +22,6 @@ class ModelChoice:
     name: str | None = None
     layer: int | None = None
     revision: str | None = None
-    dtype: str = "float32"
+    dtype: str | None = None
     is_left_out: bool = False
     """Write the two SAEs alone."""

@@ -22,11 +22,12 @@ def card(form: str, origin: Origin, pair: SAEPair) -> str:
     model, folders = origin.model, {side: _folder(form, side, origin) for side in by_side(pair)}
     layer = "?" if model.get("layer") is None else model["layer"]
     revision = f", revision `{model['revision']}`" if model.get("revision") else ""
+    drawn = " with its weights drawn at random" if model.get("random_weights") else ""
     lines = [
         "# Jacobian SAE pair",
         "",
         f"Two TopK sparse autoencoders on the input and output of the MLP in layer {layer} of "
-        f"`{model.get('name') or '?'}`{revision}, in the format of {project}.",
+        f"`{model.get('name') or '?'}`{revision}{drawn}, in the format of {project}.",
         "",
         "| SAE | folder | d_model | latents | k | activations |",
         "|---|---|---|---|---|---|",

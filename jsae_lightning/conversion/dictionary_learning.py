@@ -6,23 +6,26 @@ Its encoder always subtracts b_dec, so b_dec W_enc is added to the bias of an SA
 alternative to TopK for inference, is not read, and written as -1, which stands for none.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from jsae_lightning.conversion.folding import encoder_bias
+from jsae_lightning.conversion.folding import parameters
 from jsae_lightning.conversion.reading import (
+    NOTES,
     Foreign,
     check_tensors,
     make_sae,
     norm_remarks,
+    optional,
+    own_notes,
     read_json,
     read_state_dict,
+    told,
     whole_number,
 )
-from jsae_lightning.conversion.writing import Origin, file_tensors
+from jsae_lightning.conversion.writing import Origin, file_tensors, notes, write_files
 from jsae_lightning.errors import UserError
 from jsae_lightning.sae import TopKSAE
 
@@ -46,9 +49,9 @@ def read(folder: Path) -> Foreign:
         "b_dec": (d_model,),
     }  # fmt: skip
     check_tensors(folder / WEIGHTS, tensors, shapes, ignored=["k", "threshold"])
-    if "k" in tensors and int(tensors["k"]) != k:
+    if "k" in tensors and tensors["k"].tolist() != k:
         raise UserError(
-            f"{folder / WEIGHTS}: k is {int(tensors['k'])}, {CONFIG} says {k}: the files do not belong together"
+            f"{folder / WEIGHTS}: k is {tensors['k'].tolist()}, {CONFIG} says {k}: the files do not belong together"
         )
     sae = make_sae(
         folder / WEIGHTS,
@@ -59,25 +62,28 @@ def read(folder: Path) -> Foreign:
         k=k,
         subtract_b_dec=True,
     )
-    about = {"format": "dictionary_learning", "model_name": trainer.get("lm_name"), "layer": trainer.get("layer")}
-    about["hook_name"] = trainer.get("submodule_name")
-    about = {key: value for key, value in about.items() if value is not None}
+    facts = told(
+        model_name=optional(path, trainer, "lm_name", str, where="trainer."),
+        layer=optional(path, trainer, "layer", int, where="trainer."),
+        hook_name=optional(path, trainer, "submodule_name", str, where="trainer."),
+    )
+    about = {"format": "dictionary_learning", **facts, **own_notes(path, trainer)}
     return Foreign((sae,), about, remarks=norm_remarks(sae, str(folder)))
 
 
 def write(sae: TopKSAE, folder: Path, side: str, origin: Origin) -> None:
     """Write one SAE of a pair."""
-    tensors = {
+    ours = parameters(sae, subtracts_b_dec=True)
+    theirs = {
         "k": torch.tensor(sae.k, dtype=torch.int32),
         "threshold": torch.tensor(-1.0),
-        "decoder.weight": sae.W_dec.T,
-        "encoder.weight": sae.W_enc.T,
-        "encoder.bias": encoder_bias(sae, subtracts_b_dec=True),
-        "b_dec": sae.b_dec,
+        "decoder.weight": ours["W_dec"].T,
+        "encoder.weight": ours["W_enc"].T,
+        "encoder.bias": ours["b_enc"],
+        "b_dec": ours["b_dec"],
     }
-    folder.mkdir(parents=True)
-    torch.save(file_tensors(tensors), folder / WEIGHTS)
-    (folder / CONFIG).write_text(json.dumps(_config(sae, side, origin), indent=2) + "\n", encoding="utf-8")
+    tensors = file_tensors(theirs)
+    write_files(folder, (CONFIG, _config(sae, side, origin)), lambda path: torch.save(tensors, path), WEIGHTS)
 
 
 def _config(sae: TopKSAE, side: str, origin: Origin) -> dict[str, Any]:
@@ -91,6 +97,6 @@ def _config(sae: TopKSAE, side: str, origin: Origin) -> dict[str, Any]:
             "layer": origin.model.get("layer"),
             "lm_name": origin.model.get("name"),
             "submodule_name": origin.hook_name(side),
-            "mlp_side": side,
+            NOTES: notes(side, origin),
         }
     }

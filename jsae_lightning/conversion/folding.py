@@ -7,18 +7,21 @@ from jsae_lightning.sae import TopKSAE
 
 
 @torch.no_grad()
-def encoder_bias(sae: TopKSAE, *, subtracts_b_dec: bool) -> Tensor:
-    """Return b_enc for an encoder that subtracts b_dec from its input, or does not.
+def parameters(sae: TopKSAE, *, subtracts_b_dec: bool) -> dict[str, Tensor]:
+    """Return W_enc, b_enc, W_dec and b_dec for an encoder that subtracts b_dec from its input, or does not.
 
         (x - b_dec) W_enc + b_enc = x W_enc + (b_enc - b_dec W_enc)
 
-    Computed in float64 and rounded to the SAE's dtype.
+    Where that changes b_enc it is computed in float64, and half-precision SAEs become float32: a rounded sum would
+    choose other latents.
     """
+    found = {name: parameter.detach() for name, parameter in sae.named_parameters()}
     if sae.subtract_b_dec == subtracts_b_dec:
-        return sae.b_enc.detach()
+        return found
     shift = sae.b_dec.double() @ sae.W_enc.double()
-    bias = sae.b_enc.double() + (shift if subtracts_b_dec else -shift)
-    return bias.to(sae.b_enc.dtype)
+    dtype = torch.promote_types(sae.W_enc.dtype, torch.float32)
+    found["b_enc"] = sae.b_enc.double() + (shift if subtracts_b_dec else -shift)
+    return {name: tensor.to(dtype) for name, tensor in found.items()}
 
 
 @torch.no_grad()

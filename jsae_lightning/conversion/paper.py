@@ -5,24 +5,29 @@ of the language model's MLP. One number of latents, one k and one rule for b_dec
 `apply_b_dec_to_input` means true there, although its runner sets false, so it is always written.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from jsae_lightning.conversion.folding import encoder_bias
+from jsae_lightning.conversion.folding import parameters
 from jsae_lightning.conversion.reading import (
+    NOTES,
     Foreign,
     check_tensors,
     demand,
+    flag,
+    layer_of,
     make_sae,
     norm_remarks,
+    optional,
+    own_notes,
     read_json,
     read_safetensors,
+    told,
     whole_number,
 )
-from jsae_lightning.conversion.writing import Origin, by_side, file_tensors
+from jsae_lightning.conversion.writing import Origin, by_side, file_tensors, notes, write_files
 from jsae_lightning.errors import UserError
 from jsae_lightning.penalties import PENALTIES
 from jsae_lightning.sae import SAEPair, TopKSAE
@@ -43,8 +48,8 @@ def read(folder: Path) -> Foreign:
     key = "activation_fn_str" if "activation_fn_str" in config else "activation_fn"
     demand(path, config, key, None, ("topk",), "only TopK SAEs are supported")
     demand(path, config, "normalize_activations", "none", ("none", None), "fold it into the weights first")
-    arguments = config.get("activation_fn_kwargs")
-    k = whole_number(path, arguments if isinstance(arguments, dict) else {}, "k", "activation_fn_kwargs.")
+    arguments = optional(path, config, "activation_fn_kwargs", dict) or {}
+    k = whole_number(path, arguments, "k", "activation_fn_kwargs.")
     d_model, d_sae = whole_number(path, config, "d_in"), whole_number(path, config, "d_sae")
     tensors = read_safetensors(folder / WEIGHTS)
     if "_W_enc_out" not in tensors:
@@ -58,23 +63,19 @@ def read(folder: Path) -> Foreign:
     }  # fmt: skip
     copies = {name for name in tensors if name.startswith("mlp.")}
     check_tensors(folder / WEIGHTS, tensors, shapes, ignored=copies)
-    subtracts = bool(config.get("apply_b_dec_to_input", True))
+    subtracts = flag(path, config, "apply_b_dec_to_input", True)
     saes = tuple(_sae(folder / WEIGHTS, tensors, suffix, k, subtracts) for suffix in _SUFFIXES.values())
     remarks = [
         remark
         for side, sae in zip(_SUFFIXES, saes, strict=True)
         for remark in norm_remarks(sae, f"{folder}: {side} SAE")
     ]
-    if config.get("randomize_llm_weights"):
-        remarks.append(f"{folder}: was trained on a model with random weights, which are not its hub model's")
     mlp = {name: tensors[f"mlp.{name}"] for name in _MLP if f"mlp.{name}" in tensors}
-    return Foreign(saes, _about(config), mlp, tuple(remarks))
+    return Foreign(saes, _about(path, config), mlp, tuple(remarks))
 
 
-def write(pair: SAEPair, folder: Path, origin: Origin) -> None:
-    """Write a pair. Raises UserError where its SAEs differ in size or k."""
-    from safetensors.torch import save_file
-
+def check_sizes(pair: SAEPair) -> None:
+    """Raise UserError where the SAEs differ in size or k."""
     saes = by_side(pair)
     for key in ("d_sae", "k"):
         sizes = {side: getattr(sae, key) for side, sae in saes.items()}
@@ -83,15 +84,22 @@ def write(pair: SAEPair, folder: Path, origin: Origin) -> None:
                 f"--to paper: {key} is {sizes['input']} for the input SAE and {sizes['output']} for the output SAE, "
                 "but that format has one for both: choose another format"
             )
+
+
+def write(pair: SAEPair, folder: Path, origin: Origin) -> None:
+    """Write a pair. Raises UserError where its SAEs differ in size or k."""
+    from safetensors.torch import save_file
+
+    check_sizes(pair)
+    saes = by_side(pair)
     subtracts = all(sae.subtract_b_dec for sae in saes.values())
-    tensors = {}
-    for side, sae in saes.items():
-        b_enc = encoder_bias(sae, subtracts_b_dec=subtracts)
-        for name, tensor in (("W_enc", sae.W_enc), ("b_enc", b_enc), ("W_dec", sae.W_dec), ("b_dec", sae.b_dec)):
-            tensors[f"_{name}{_SUFFIXES[side]}"] = tensor
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(file_tensors(tensors), folder / WEIGHTS)
-    (folder / CONFIG).write_text(json.dumps(_config(pair, subtracts, origin), indent=2) + "\n", encoding="utf-8")
+    theirs = {
+        f"_{name}{_SUFFIXES[side]}": tensor
+        for side, sae in saes.items()
+        for name, tensor in parameters(sae, subtracts_b_dec=subtracts).items()
+    }
+    tensors, config = file_tensors(theirs), _config(pair, subtracts, origin)
+    write_files(folder, (CONFIG, config), lambda path: save_file(tensors, path), WEIGHTS)
 
 
 def _sae(path: Path, tensors: dict[str, Tensor], suffix: str, k: int, subtracts: bool) -> TopKSAE:
@@ -99,20 +107,21 @@ def _sae(path: Path, tensors: dict[str, Tensor], suffix: str, k: int, subtracts:
     return make_sae(path, W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=b_dec, k=k, subtract_b_dec=subtracts)
 
 
-def _about(config: dict[str, Any]) -> dict[str, Any]:
-    metric = config.get("sparsity_metric")
-    told = {
-        "format": "paper",
-        "model_name": config.get("model_name"),
-        "layer": config.get("hook_layer"),
-        "hook_name": config.get("hook_name"),
-        "coef": config.get("jacobian_coefficient"),
-        "sparsity_metric": metric,
-        "penalty": metric if metric in PENALTIES else None,
-        "mse_output_coef": config.get("mlp_out_mse_coefficient"),
-        "randomize_llm_weights": config.get("randomize_llm_weights"),
-    }
-    return {key: value for key, value in told.items() if value is not None}
+def _about(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    metric, hook_name = optional(path, config, "sparsity_metric", str), optional(path, config, "hook_name", str)
+    layer = optional(path, config, "hook_layer", int)
+    coef, notes = optional(path, config, "jacobian_coefficient", int, float), own_notes(path, config)
+    jacobian = None if coef is None else {"coef": coef, "penalty": metric if metric in PENALTIES else "l1"}
+    facts = told(
+        model_name=optional(path, config, "model_name", str),
+        layer=layer_of(hook_name) if layer is None else layer,
+        hook_name=hook_name,
+        sparsity_metric=metric,
+        mse_output_coef=config.get("mlp_out_mse_coefficient"),
+        random_weights=flag(path, config, "randomize_llm_weights", False) or None,
+        jacobian=jacobian,
+    )
+    return {"format": "paper", **facts, **notes}
 
 
 def _config(pair: SAEPair, subtracts: bool, origin: Origin) -> dict[str, Any]:
@@ -136,4 +145,5 @@ def _config(pair: SAEPair, subtracts: bool, origin: Origin) -> dict[str, Any]:
         "apply_b_dec_to_input": subtracts,
         "dtype": str(pair.input_sae.W_dec.dtype),
         "device": "cpu",
+        NOTES: notes(None, origin),
     }

@@ -1,8 +1,9 @@
 """What all formats are checked for: JSON, tensors by name and shape, and the TopK SAE that they make."""
 
+import functools
 import json
 import pickle
-import zipfile
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +13,13 @@ import torch
 from torch import Tensor
 
 from jsae_lightning.errors import UserError
+from jsae_lightning.model_files import first_line
 from jsae_lightning.sae import TopKSAE
 
+NOTES = "jsae_lightning"
+"""The key of a configuration under which there is what its format has no place for."""
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NORM_TOLERANCE = 1e-3
 
 
@@ -37,8 +43,8 @@ def read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path}: there is no such file: give the folder of an SAE, whole") from error
-    except ValueError as error:
-        raise UserError(f"{path}: is no valid JSON ({error}): copy it again") from error
+    except (ValueError, RecursionError, IsADirectoryError) as error:
+        raise UserError(f"{path}: is no valid JSON ({first_line(error)}): copy it again") from error
     if not isinstance(found, dict):
         raise UserError(f"{path}: is no JSON object: copy it again")
     return found
@@ -53,8 +59,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: there is no such file: give the folder of an SAE, whole")
     try:
         return load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path}: truncated or not a safetensors file ({error}): copy it again") from error
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: truncated or not a safetensors file ({first_line(error)}): copy it again") from error
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -65,10 +71,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: there is no such file: give the folder of an SAE, whole") from error
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: is no plain state dict and is not executed: save the state dict alone") from error
-    except (RuntimeError, EOFError, zipfile.BadZipFile, KeyError, ValueError) as error:
-        raise UserError(
-            f"{path}: truncated or no file of torch's ({str(error).splitlines()[0]}): copy it again"
-        ) from error
+    except Exception as error:  # of damaged bytes, almost any
+        raise UserError(f"{path}: truncated or no file of torch's ({first_line(error)}): copy it again") from error
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         keys = f", keys {', '.join(sorted(map(str, found)))[:60]}" if isinstance(found, dict) else ""
         raise UserError(f"{path}: is no state dict ({type(found).__name__}{keys}): give a finished SAE's, no backup")
@@ -88,13 +92,14 @@ def check_tensors(
                 f"{path}: tensor {name} has shape {list(tensor.shape)}, its configuration says {list(shape)}: the "
                 "files do not belong together"
             )
-        if not tensor.is_floating_point():
+        if tensor.dtype not in DTYPES or tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise UserError(
-                f"{path}: tensor {name} is {tensor.dtype}, no floating-point type: quantised SAEs are unknown"
+                f"{path}: tensor {name} is {tensor.dtype} ({tensor.layout}, {tensor.device}), no dense one of float16, "
+                "bfloat16, float32 or float64: convert it first"
             )
         if not torch.isfinite(tensor).all():
             raise UserError(f"{path}: tensor {name} has NaN or infinite values: the SAE is damaged")
-    if unknown := set(tensors) - set(shapes) - set(ignored):
+    if unknown := set(map(str, tensors)) - set(shapes) - set(ignored):
         raise UserError(f"{path}: unknown tensor {min(unknown)}: this is another kind of SAE, only TopK is supported")
 
 
@@ -104,6 +109,47 @@ def whole_number(path: Path, config: Mapping[str, Any], key: str, where: str = "
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"{path}: {where}{key}: {value!r} is no whole number above 0: the configuration is damaged")
     return value
+
+
+def optional(path: Path, config: Mapping[str, Any], key: str, *types: type, where: str = "") -> Any:
+    """Return `config[key]`, None if it is null or not there; UserError where it is of no other of `types`."""
+    value = config.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types) or value != value:
+        names = " or ".join(kind.__name__ for kind in types)
+        raise UserError(f"{path}: {where}{key}: {value!r} is no {names}: the configuration is damaged")
+    return value
+
+
+def flag(path: Path, config: Mapping[str, Any], key: str, default: bool) -> bool:
+    """Return true or false; `default` if it is null or not there."""
+    value = optional(path, config, key, bool)
+    return default if value is None else value
+
+
+def own_notes(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `writing.notes` left in a configuration that was written here, checked; empty for others."""
+    notes = optional(path, config, NOTES, dict) or {}
+    types = {
+        "mlp_side": (str,), "model_name": (str,), "revision": (str,), "dtype": (str,), "layer": (int,),
+        "random_weights": (bool, str), "jacobian": (dict,),
+    }  # fmt: skip
+    found = {key: optional(path, notes, key, *kinds, where=f"{NOTES}.") for key, kinds in types.items()}
+    for key, kinds in {"coef": (int, float), "penalty": (str,), "at": (str,), "params": (dict,)}.items():
+        optional(path, found["jacobian"] or {}, key, *kinds, where=f"{NOTES}.jacobian.")
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def layer_of(name: Any) -> int | None:
+    """Return the layer that the name of a module or hook tells, `blocks.3.hook_mlp_out` or `layers.3.mlp`."""
+    found = re.search(r"\.(\d+)(?:\.|$)", str(name))
+    return int(found[1]) if found else None
+
+
+def told(**facts: Any) -> dict[str, Any]:
+    """Return the facts that are known."""
+    return {key: value for key, value in facts.items() if value is not None}
 
 
 def demand(
@@ -117,14 +163,15 @@ def demand(
 def make_sae(
     path: Path, *, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, k: int, subtract_b_dec: bool
 ) -> TopKSAE:
-    """Return the TopK SAE of these tensors, in their dtype, without a copy where they are contiguous."""
+    """Return the TopK SAE of these tensors, in the widest of their dtypes, without a copy where they are contiguous."""
     d_model, d_sae = W_enc.shape
     if k > d_sae:
         raise UserError(f"{path}: k is {k}, more than its {d_sae} latents: the configuration is damaged")
     with torch.device("meta"):
         sae = TopKSAE(d_model, d_sae, k, subtract_b_dec=subtract_b_dec)
     tensors = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
-    sae.load_state_dict({name: tensor.to(W_dec.dtype).contiguous() for name, tensor in tensors.items()}, assign=True)
+    dtype = functools.reduce(torch.promote_types, [tensor.dtype for tensor in tensors.values()])
+    sae.load_state_dict({name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}, assign=True)
     return sae
 
 
@@ -133,7 +180,7 @@ def norm_remarks(sae: TopKSAE, where: str) -> tuple[str, ...]:
     with torch.no_grad():
         norms = sae.W_dec.float().norm(dim=1)
     low, high = float(norms.min()), float(norms.max())
-    if max(abs(low - 1), abs(high - 1)) <= _NORM_TOLERANCE:
+    if max(abs(low - 1), abs(high - 1)) <= max(_NORM_TOLERANCE, 2 * torch.finfo(sae.W_dec.dtype).eps):
         return ()
     return (
         f"{where}: the decoder's rows have norms from {low:.3g} to {high:.3g}, not 1: they are kept, as TopK would "

@@ -7,7 +7,6 @@ before the norm's gain in the 3.9 that SAELens loads today. What is written here
 (`model_class_name` AutoModelForCausalLM), whose outputs are the same everywhere.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,22 @@ from torch import Tensor
 
 from jsae_lightning.conversion.folding import with_input_scale, with_unit_rows
 from jsae_lightning.conversion.reading import (
+    NOTES,
     Foreign,
     check_tensors,
     demand,
+    flag,
+    layer_of,
     make_sae,
     norm_remarks,
+    optional,
+    own_notes,
     read_json,
     read_safetensors,
+    told,
     whole_number,
 )
-from jsae_lightning.conversion.writing import Origin, file_tensors
+from jsae_lightning.conversion.writing import Origin, file_tensors, notes, write_files
 from jsae_lightning.errors import UserError
 from jsae_lightning.sae import TopKSAE
 
@@ -33,8 +38,6 @@ CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _SCALE = "activation_scaler.json"
 FORMAT_VERSION = "6.0.0"
 """The version of SAELens whose format is written: files without one are taken for older than 6."""
-
-_METADATA = ("model_name", "hook_name", "model_class_name", "context_size", "prepend_bos", "dataset_path")
 
 
 def read(folder: Path) -> Foreign:
@@ -50,12 +53,11 @@ def read(folder: Path) -> Foreign:
     W_enc, b_enc, W_dec, b_dec = (tensors[name] for name in shapes)
     if (scale := _input_scale(folder, config)) is not None:
         W_enc, W_dec, b_dec = with_input_scale(W_enc, W_dec, b_dec, scale)
-    if config.get("rescale_acts_by_decoder_norm", False):
+    if flag(path, config, "rescale_acts_by_decoder_norm", False):
         W_enc, b_enc, W_dec = with_unit_rows(W_enc, b_enc, W_dec)
-    subtracts = bool(config.get("apply_b_dec_to_input", True))
+    subtracts = flag(path, config, "apply_b_dec_to_input", True)
     sae = make_sae(folder / WEIGHTS, W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=b_dec, k=k, subtract_b_dec=subtracts)
-    told = {**config, **(config.get("metadata") or {})}
-    about = {"format": "saelens", **{key: told[key] for key in _METADATA if told.get(key) is not None}}
+    about = _about(path, config)
     return Foreign((sae,), about, remarks=(*norm_remarks(sae, str(folder)), *_site_remarks(about, folder)))
 
 
@@ -63,10 +65,8 @@ def write(sae: TopKSAE, folder: Path, side: str, origin: Origin) -> None:
     """Write one SAE of a pair."""
     from safetensors.torch import save_file
 
-    tensors = {"W_enc": sae.W_enc, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
-    folder.mkdir(parents=True)
-    save_file(file_tensors(tensors), folder / WEIGHTS)
-    (folder / CONFIG).write_text(json.dumps(_config(sae, side, origin), indent=2) + "\n", encoding="utf-8")
+    tensors = file_tensors(dict(sae.named_parameters()))
+    write_files(folder, (CONFIG, _config(sae, side, origin)), lambda path: save_file(tensors, path), WEIGHTS)
 
 
 def _config(sae: TopKSAE, side: str, origin: Origin) -> dict[str, Any]:
@@ -89,12 +89,11 @@ def _config(sae: TopKSAE, side: str, origin: Origin) -> dict[str, Any]:
             "model_from_pretrained_kwargs": loading,
             "hook_name": origin.hook_name(side),
             "hook_head_index": None,
-            "prepend_bos": {"sequence": True, "never": False}.get(origin.data.get("bos", "")),
-            "context_size": origin.data.get("context_length"),
+            "prepend_bos": origin.prepends_bos,
+            "context_size": origin.data.get("context_length") or origin.context_length,
             "dataset_path": origin.data.get("path") or origin.data.get("name"),
             "neuronpedia_id": None,
-            "mlp_side": side,
-            "layer": origin.model.get("layer"),
+            NOTES: notes(side, origin),
         },
     }
 
@@ -104,12 +103,29 @@ def _number_of_active(path: Path, config: dict[str, Any]) -> int:
     activation = config.get("activation_fn_str", config.get("activation_fn"))
     architecture = config.get("architecture", "standard")
     if architecture == "topk" or (architecture == "standard" and activation == "topk"):
-        arguments = config.get("activation_fn_kwargs")
-        if "k" not in config and isinstance(arguments, dict):
-            return whole_number(path, arguments, "k", "activation_fn_kwargs.")
-        return whole_number(path, config, "k")
+        arguments = optional(path, config, "activation_fn_kwargs", dict) or {}
+        if "k" not in arguments:
+            return whole_number(path, config, "k")
+        k = whole_number(path, arguments, "k", "activation_fn_kwargs.")
+        demand(path, config, "k", k, (k,), f"activation_fn_kwargs.k is {k}: which of them was trained?")
+        return k
     named = f"{architecture} with {activation}" if architecture == "standard" and activation else architecture
     raise UserError(f"{path}: architecture is {named}: only TopK SAEs are supported")
+
+
+def _about(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Return what the configuration tells; before version 6 metadata stood among the other keys."""
+    metadata = {**config, **(optional(path, config, "metadata", dict) or {})}
+    loading = optional(path, metadata, "model_from_pretrained_kwargs", dict) or {}
+    hook_name = metadata.get("hook_name") or metadata.get("hook_point")
+    facts = told(
+        model_name=optional(path, metadata, "model_name", str),
+        hook_name=hook_name,
+        layer=layer_of(hook_name),
+        revision=optional(path, loading, "revision", str, where="model_from_pretrained_kwargs."),
+        **{key: metadata.get(key) for key in ("model_class_name", "context_size", "prepend_bos", "dataset_path")},
+    )
+    return {"format": "saelens", **facts, **own_notes(path, metadata)}
 
 
 def _input_scale(folder: Path, config: dict[str, Any]) -> float | None:

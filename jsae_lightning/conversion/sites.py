@@ -28,7 +28,7 @@ class Sites(NamedTuple):
 
 @torch.no_grad()
 def find_sites(folder: Path, name: str, layer: int) -> Sites | None:
-    """Return the names for `layer` of the model in `folder`, None where no module's output is the MLP's very input.
+    """Return the names for `layer` of the model in `folder`, None where no module's output is found to enter its MLP.
 
     The model is made from its configuration without weights, and run on two tokens that hold no numbers.
     """
@@ -48,6 +48,8 @@ def find_sites(folder: Path, name: str, layer: int) -> Sites | None:
     try:
         tokens, mask = torch.zeros(1, 2, dtype=torch.int64, device="meta"), torch.zeros(1, 1, 2, 2, device="meta")
         model(tokens, attention_mask=mask, use_cache=False)  # a mask of four dimensions is used as it is, unread
+    except Exception:  # of architectures that look into their tensors; the MLP may have been reached before
+        pass
     finally:
         for handle in handles:
             handle.remove()

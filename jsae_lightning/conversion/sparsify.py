@@ -6,22 +6,25 @@ The ReLU before the choice of the k changes no reconstruction. Its encoder alway
 added to the bias of an SAE that does not. Transcoders and skip connections are no SAEs and are refused.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
-from jsae_lightning.conversion.folding import encoder_bias
+from jsae_lightning.conversion.folding import parameters
 from jsae_lightning.conversion.reading import (
+    NOTES,
     Foreign,
     check_tensors,
     demand,
+    layer_of,
     make_sae,
     norm_remarks,
+    own_notes,
     read_json,
     read_safetensors,
+    told,
     whole_number,
 )
-from jsae_lightning.conversion.writing import Origin, file_tensors
+from jsae_lightning.conversion.writing import Origin, file_tensors, notes, write_files
 from jsae_lightning.sae import TopKSAE
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
@@ -51,22 +54,24 @@ def read(folder: Path) -> Foreign:
         k=k,
         subtract_b_dec=True,
     )
-    return Foreign((sae,), {"format": "sparsify", "hook_name": folder.name}, remarks=norm_remarks(sae, str(folder)))
+    facts = told(hook_name=folder.resolve().name, layer=layer_of(f".{folder.resolve().name}"))
+    about = {"format": "sparsify", **facts, **own_notes(path, config)}
+    return Foreign((sae,), about, remarks=norm_remarks(sae, str(folder)))
 
 
 def write(sae: TopKSAE, folder: Path, side: str, origin: Origin) -> None:
     """Write one SAE of a pair."""
     from safetensors.torch import save_file
 
-    tensors = {
-        "encoder.weight": sae.W_enc.T,
-        "encoder.bias": encoder_bias(sae, subtracts_b_dec=True),
-        "W_dec": sae.W_dec,
-        "b_dec": sae.b_dec,
+    ours = parameters(sae, subtracts_b_dec=True)
+    theirs = {
+        "encoder.weight": ours["W_enc"].T,
+        "encoder.bias": ours["b_enc"],
+        "W_dec": ours["W_dec"],
+        "b_dec": ours["b_dec"],
     }
-    folder.mkdir(parents=True)
-    save_file(file_tensors(tensors), folder / WEIGHTS)
-    (folder / CONFIG).write_text(json.dumps(_config(sae), indent=2) + "\n", encoding="utf-8")
+    tensors, config = file_tensors(theirs), _config(sae) | {NOTES: notes(side, origin)}
+    write_files(folder, (CONFIG, config), lambda path: save_file(tensors, path), WEIGHTS)
 
 
 def folder_name(side: str, origin: Origin) -> str:
