@@ -75,9 +75,11 @@ class Experiment:
         try:
             self.trainer.fit(self.module, datamodule=self.data, ckpt_path=self.checkpoint)
         except SystemExit as error:  # how Lightning ends after Ctrl-C and SIGTERM
+            has_saved = find_checkpoint(self.folder) is not None
+            what_now = "go on from the last checkpoint" if has_saved else "no checkpoint was saved yet: begin again"
             log.warning(
-                "interrupted at step %d; go on from the last checkpoint, if any, with: %s",
-                *(self.trainer.global_step, command_to_go_on(self.folder)),
+                "interrupted at step %d; %s with: %s",
+                *(self.trainer.global_step, what_now, command_to_go_on(self.folder)),
             )
             if error.code is None:  # Lightning's for SIGTERM, which would read as success
                 raise SystemExit(128 + signal.SIGTERM) from error

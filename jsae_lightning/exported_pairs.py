@@ -35,7 +35,14 @@ def find_export(folder: Path) -> Path:
     folder = folder.expanduser()
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder: give a run's folder or an exported pair's")
-    return folder / "sae_pair" if (folder / "sae_pair").is_dir() else folder
+    if (folder / "sae_pair").is_dir():
+        return folder / "sae_pair"
+    if not (folder / "config.json").is_file() and (runs := sorted(folder.glob("*/sae_pair"))):
+        raise UserError(
+            f"{folder}: holds {len(runs)} run(s), such as {runs[0].parent.name}: give one of their folders; "
+            "jsae-report takes all of them"
+        )
+    return folder
 
 
 def read_pair_config(folder: Path) -> dict[str, Any]:

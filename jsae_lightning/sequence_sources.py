@@ -16,6 +16,7 @@ from torch import Tensor
 from jsae_lightning.errors import UserError
 from jsae_lightning.packing import Array, Encoder, PackedSequences
 from jsae_lightning.seeding import seeded_generator
+from jsae_lightning.stream_reader import shards_digest
 from jsae_lightning.token_sources import BATCH_ROWS, Rows, document_digest, quiet_datasets
 
 MAX_ROWS_OF_A_DOCUMENT = 64
@@ -98,6 +99,7 @@ class PackedStream:
         self._skip_rows, self._skip_digests, self._repeat = skip_rows, skip_digests, repeat
         self._chunk = encoder.packing.chunk
         self.fingerprint = self._fingerprint()
+        self._shards = shards_digest(rows.data)
         self.load_state_dict({})
 
     def _fingerprint(self) -> str:
@@ -106,17 +108,27 @@ class PackedStream:
         return hashlib.sha256(header.encode() + digests).hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
-        """Position (sequences), epoch, rows read of the epoch, tokens at hand (int32), and the dataset's own state."""
+        """Position (sequences), epoch, rows read of it, tokens at hand (int32), the dataset's own state, its files."""
         return {
             "position": self._position,
             "epoch": self._epoch,
             "rows_read": self._rows_read,
             "pending": torch.from_numpy(self._pending),
             "dataset": self._reader.state_dict() if self._rows_read else None,
+            "shards": list(self._shards),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to the position at which `state` was taken; an empty state is the beginning."""
+        """Go to the position at which `state` was taken; an empty state is the beginning.
+
+        Raises UserError where the stream's files are not those of then: the same position would be in another one.
+        """
+        number, digest = state.get("shards", self._shards)  # older checkpoints do not tell
+        if (number, digest) != self._shards:
+            raise UserError(
+                f"data: the files of {self._rows.where} are not those of the checkpoint ({number:,} then, "
+                f"{self._shards[0]:,} now; names, order, and sizes of local ones): put them back, or begin anew"
+            )
         self._position: int = state.get("position", 0)
         self._pending: Array = state["pending"].numpy() if state else np.empty(0, np.int32)
         self._open(state.get("epoch", 0), state.get("rows_read", 0), state.get("dataset"))

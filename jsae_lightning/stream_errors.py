@@ -8,6 +8,7 @@ from jsae_lightning.model_files import first_line
 
 _PASSING_STATUS = (408, 429)
 _NETWORK_PACKAGES = ("aiohttp", "fsspec", "httpcore", "httpcore2", "httpx", "httpx2", "requests", "urllib3")
+_READERS = ("pyarrow", "datasets", "json", "pandas", "zlib", "gzip")
 _TRUNCATED = re.compile(r"truncat|unexpected end|end of (file|stream)|end-of-stream|magic bytes|tried reading", re.I)
 
 
@@ -59,14 +60,30 @@ def shard_name(dataset: Any) -> str:
 
     The innermost iterable's own state is asked: the dataset's copies of it are out of date after a position was loaded.
     """
+    index = (getattr(_innermost(dataset), "_state_dict", None) or {}).get("shard_idx", 0)
+    names = shard_names(dataset)
+    return names[index] if index < len(names) else ""
+
+
+def shard_names(dataset: Any) -> list[str]:
+    """The files or URLs that a `datasets.IterableDataset` reads one after the other; none where it does not tell."""
+    for values in getattr(_innermost(dataset), "kwargs", {}).values():
+        if isinstance(values, list) and values and all(isinstance(value, str) for value in values):
+            return values
+    return []
+
+
+def is_damaged_data(error: BaseException) -> bool:
+    """Say whether a file's content could not be read: by its reader's own error, or as it is no UTF-8."""
+    packages = {cls.__module__.split(".")[0] for each in _chain(error) for cls in type(each).__mro__}
+    return not packages.isdisjoint(_READERS) or any(isinstance(e, UnicodeDecodeError) for e in _chain(error))
+
+
+def _innermost(dataset: Any) -> Any:
     iterable = getattr(dataset, "_ex_iterable", None)
     while (inner := getattr(iterable, "ex_iterable", None)) is not None:
         iterable = inner
-    index = (getattr(iterable, "_state_dict", None) or {}).get("shard_idx", 0)
-    for values in getattr(iterable, "kwargs", {}).values():
-        if isinstance(values, list) and index < len(values) and isinstance(values[index], str):
-            return str(values[index])
-    return ""
+    return iterable
 
 
 def _is_local(shard: str) -> bool:

@@ -6,14 +6,20 @@ torch nor `datasets`.
 """
 
 import copy
+import hashlib
+import json
+import os
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
-from jsae_lightning.errors import RunError
+from jsae_lightning.errors import RunError, UserError
+from jsae_lightning.model_files import first_line
 from jsae_lightning.persistence import Patience, farewell, persist
-from jsae_lightning.stream_errors import describe, is_refusal, shard_name
+from jsae_lightning.stream_errors import describe, is_damaged_data, is_refusal, shard_name, shard_names
 
 
 class StreamReader:
@@ -40,6 +46,7 @@ class StreamReader:
 
         Raises:
             RunError: the server stays broken for all tries, or refuses the shard (404, 403).
+            UserError: what a shard holds is damaged.
         """
         state = self.state_dict() if self._patience.retries else None
 
@@ -53,6 +60,11 @@ class StreamReader:
         except RunError:
             raise
         except Exception as error:
+            if is_damaged_data(error) and not is_refusal(error, self._shard()):
+                shard = self._shard() or self._where
+                raise UserError(
+                    f"{shard}: cannot be read ({first_line(error)}): correct or remove what is damaged"
+                ) from error
             if not is_refusal(error, self._shard()):
                 raise
             what = describe(error, self._patience.timeout_s)
@@ -62,6 +74,19 @@ class StreamReader:
 
     def _shard(self) -> str:
         return shard_name(self._dataset)
+
+
+def shards_digest(data: Any) -> tuple[int, str]:
+    """Return how many files a stream reads, and a hash of their names, in order, and of the sizes of local ones.
+
+    Names are relative to the folder that all lie in, and without the hub's revision: a copy elsewhere is the same.
+    """
+    names = shard_names(data)
+    sizes = [Path(name).stat().st_size if Path(name).is_file() else None for name in names]
+    plain = [re.sub(r"@[0-9a-f]{40}/", "/", name) for name in names]
+    folder = os.path.commonpath([os.path.dirname(name) for name in plain]) if plain else ""  # noqa: PTH120 - URLs too
+    shards = [[name.removeprefix(folder), size] for name, size in zip(plain, sizes, strict=True)]
+    return len(names), hashlib.sha256(json.dumps(shards).encode()).hexdigest()
 
 
 def _copy(data: Any) -> Any:

@@ -165,7 +165,10 @@ def run_sweep_job(cfg: DictConfig) -> float:
                 objective = read_objective(job.folder / "metrics.json", cfg.objective)
                 progress.say(f"finished earlier, {cfg.objective} {objective:.6g}")
                 return objective
-            progress.say("goes on from its last checkpoint")
+            has_saved = find_checkpoint(job.folder) is not None
+            progress.say(
+                "goes on from its last checkpoint" if has_saved else "begins again: it had not saved a checkpoint yet"
+            )
         code = _run(job, cfg, progress, resume=bool(found))
         if code:
             return math.nan

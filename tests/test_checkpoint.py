@@ -235,6 +235,15 @@ def test_home_is_understood(monkeypatch, tmp_path):
         load_run("~/pair")
 
 
+def test_a_sweeps_folder_is_no_runs(tmp_path):
+    for job in ("0", "1"):
+        make_pair().save(tmp_path / job / "sae_pair")
+    with pytest.raises(
+        UserError, match=r"holds 2 run\(s\), such as 0: give one of their folders; jsae-report takes all"
+    ):
+        load_run(tmp_path)
+
+
 def test_missing_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match="there is no such file"):
         load_pair(tmp_path / "nowhere")

@@ -1,5 +1,8 @@
 import copy
 import io
+import json
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ import torch
 from data_factories import EOS, NumberTokenizer, tagged_texts
 from jsae_lightning.errors import UserError
 from jsae_lightning.packing import ArrayRows, Encoder, PackedSequences, Packing, make_packing
+from jsae_lightning.persistence import Patience
 from jsae_lightning.seeding import seeded_generator
 from jsae_lightning.sequence_sources import (
     MAX_ROWS_OF_A_DOCUMENT,
@@ -18,6 +22,7 @@ from jsae_lightning.sequence_sources import (
     probe_stream,
     rows_to_skip,
 )
+from jsae_lightning.stream_reader import StreamReader, shards_digest
 from jsae_lightning.token_sources import Rows, document_digest
 
 LENGTH = 8
@@ -114,6 +119,83 @@ def test_a_stream_goes_on_where_it_was_saved(position):
     resumed.load_state_dict(state)
     for start in range(position, position + 60, 20):
         assert resumed.read(start, 20, 0, 1).equal(original.read(start, 20, 0, 1))
+
+
+def _file_stream(folder):
+    """A stream of all JSON lines files of a folder, as `data.streaming=true` opens them."""
+    import datasets
+
+    files = [str(file) for file in sorted(folder.iterdir())]
+    data = datasets.load_dataset("json", data_files=files, split="train", streaming=True)
+    return stream(Rows(data, f"'{folder}'", "text", False, tuple(row["text"] for row in data.take(8))), repeat=True)
+
+
+@pytest.mark.parametrize(
+    "change", ["nothing", "moved", "removed", "added in front", "added behind", "renamed", "shortened", "from before"]
+)
+def test_a_stream_goes_on_with_the_same_files_only(tmp_path, change):
+    """Else the position would be in another file, and the run go on with other data unnoticed."""
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for number in range(4):
+        lines = [json.dumps({"text": text}) for text in tagged_texts(100)[number::4]]
+        (folder / f"s{number}.jsonl").write_text("\n".join(lines) + "\n")
+    original = _file_stream(folder)
+    original.read(0, 300, 0, 1)
+    state, following = through_a_file(original.state_dict()), original.read(300, 200, 0, 1)
+    if change == "moved":
+        folder = folder.rename(tmp_path / "elsewhere")
+    elif change == "removed":
+        (folder / "s3.jsonl").unlink()
+    elif change == "added in front":
+        shutil.copy(folder / "s0.jsonl", folder / "a0.jsonl")
+    elif change == "added behind":
+        shutil.copy(folder / "s0.jsonl", folder / "t0.jsonl")
+    elif change == "renamed":
+        (folder / "s2.jsonl").rename(folder / "s22.jsonl")
+    elif change == "shortened":
+        text = (folder / "s3.jsonl").read_text().splitlines(keepends=True)
+        (folder / "s3.jsonl").write_text("".join(text[:-1]))
+    elif change == "from before":
+        del state["shards"]  # as versions wrote it that did not look
+    resumed = _file_stream(folder)
+    if change in ("nothing", "moved", "from before"):
+        resumed.load_state_dict(state)
+        assert resumed.read(300, 200, 0, 1).equal(following)
+        return
+    with pytest.raises(UserError, match=r"data: the files of .* are not those of the checkpoint \(4 then, [345] now"):
+        resumed.load_state_dict(state)
+
+
+def test_a_hubs_revision_is_no_other_file():
+    """A commit to the data set's card moves the address, not the rows."""
+    first, second, other = (
+        [f"hf://datasets/team/data@{revision * 40}/{name}/{part}.parquet" for part in (0, 1)]
+        for revision, name in (("a", "train"), ("b", "train"), ("a", "test"))
+    )
+
+    def digest(names):
+        return shards_digest(SimpleNamespace(_ex_iterable=SimpleNamespace(kwargs={"files": names})))
+
+    assert digest(first) == digest(second) and digest(first)[0] == 2
+    assert digest(first) != digest(first[::-1]) and digest(first) != digest(first[:1])
+    assert digest([*first, *other]) != digest([*first, *first])
+    assert digest([])[0] == 0 and shards_digest(object())[0] == 0
+
+
+def test_damaged_lines_name_their_file(tmp_path):
+    import datasets
+
+    for number in range(3):
+        (tmp_path / f"s{number}.jsonl").write_text('{"text": "a"}\n' * 5000)
+    with (tmp_path / "s1.jsonl").open("a") as file:
+        file.write('{"text": "broken')
+    files = [str(file) for file in sorted(tmp_path.iterdir())]
+    data = datasets.load_dataset("json", data_files=files, split="train", streaming=True)
+    reader = StreamReader(data, Patience(), "here")
+    with pytest.raises(UserError, match=r"s1.jsonl: cannot be read \(.*\): correct or remove what is damaged"):
+        while reader.read(32):
+            pass
 
 
 def test_a_state_is_not_changed_by_reading_on():
