@@ -1,12 +1,16 @@
 """When the Checkpointing callback saves, and as what."""
 
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from lightning.pytorch import Trainer
+from omegaconf import OmegaConf
 
 from callback_runs import StopAt, checkpointing, evaluation, fit
+from jsae_lightning.building import Experiment
 from jsae_lightning.checkpoint import read_checkpoint
 
 
@@ -43,3 +47,24 @@ def test_an_evaluation_after_the_save_of_the_same_step_is_saved_too(
     assert steps == [1, 2, 3, 3]
     state = read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
     assert state["callbacks"]["InTrainingEvaluation"] == {"logged_step": 3}
+
+
+@pytest.mark.parametrize("has_saved", [True, False])
+def test_an_interrupted_run_says_whether_there_is_something_to_go_on_from(tmp_path, caplog, has_saved):
+    """Lightning ends with SystemExit, without a code for SIGTERM, which would read as success."""
+
+    def interrupted(*_, **__):
+        raise SystemExit
+
+    experiment = Experiment.__new__(Experiment)
+    experiment.cfg = OmegaConf.create({"paths": {"output_dir": str(tmp_path)}})
+    experiment.trainer = SimpleNamespace(fit=interrupted, global_step=7)
+    experiment.module = experiment.data = experiment.checkpoint = None
+    if has_saved:
+        (tmp_path / "checkpoints").mkdir()
+        (tmp_path / "checkpoints" / "last.ckpt").touch()
+    with pytest.raises(SystemExit) as end:
+        experiment.fit()
+    assert end.value.code == 128 + signal.SIGTERM
+    what = "go on from the last checkpoint" if has_saved else "no checkpoint was saved yet: begin again"
+    assert f"interrupted at step 7; {what} with: jsae-train ckpt_path=auto hydra.run.dir=" in caplog.text
