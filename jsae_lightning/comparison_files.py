@@ -13,6 +13,9 @@ from jsae_lightning.evaluation_files import figures_to_json
 from jsae_lightning.evaluation_tables import cell
 from jsae_lightning.result_files import markdown_table
 
+MOST_SHOWN = 8
+"""Pairs of which all is printed; of more only where it stands."""
+
 _ROWS = (
     ("explained variance, input SAE", "val/explained_variance_input", ".4f"),
     ("explained variance, output SAE", "val/explained_variance_output", ".4f"),
@@ -63,7 +66,10 @@ def compare_folders(
     check_same_data(judged)
     target = Path(out) if out else resolved[0].parent / "comparison"
     if rank_and_world_size()[0] == 0:
-        show([write_comparison(target, judged), f"comparison: {target / 'comparison.json'}"])
+        text = write_comparison(target, judged)
+        if len(judged) > MOST_SHOWN:
+            text = f"the tables of {len(judged)} pairs, each against each, are in {target / 'comparison.md'}"
+        show([text, f"comparison: {target / 'comparison.json'}"])
     return target / "comparison.json"
 
 

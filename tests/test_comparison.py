@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from jsae_lightning import jacobian_metrics
+from jsae_lightning import comparison_files, jacobian_metrics
 from jsae_lightning.comparison import (
     compare,
     difference,
@@ -337,6 +337,23 @@ def test_pairs_judged_on_different_data_are_not_compared(judge, monkeypatch, tmp
     with pytest.raises(UserError, match=message):
         compare_folders(["run", "base"], [], out=str(tmp_path / "comparison"))
     assert not (tmp_path / "comparison").exists()
+
+
+def test_of_many_pairs_only_the_place_is_printed(judge, monkeypatch, tmp_path, capsys):
+    """Forty pairs are a thousand lines."""
+    paths = {f"run{index}": judge(draw(), f"run{index}").path for index in range(3)}
+    monkeypatch.setattr("jsae_lightning.evaluate.evaluate_folder", lambda folder, *_, **__: paths[folder])
+    printed = []
+    for most in (3, 2):
+        monkeypatch.setattr(comparison_files, "MOST_SHOWN", most)
+        compare_folders(list(paths), [], out=str(tmp_path / "comparison"))
+        printed.append(capsys.readouterr().out)
+    written = (tmp_path / "comparison" / "comparison.md").read_text()
+    assert written.strip() in printed[0]
+    assert printed[1].splitlines() == [
+        f"the tables of 3 pairs, each against each, are in {tmp_path / 'comparison' / 'comparison.md'}",
+        f"comparison: {tmp_path / 'comparison' / 'comparison.json'}",
+    ]
 
 
 def test_more_tokens_and_other_models_may_have_other_settings(judge):
