@@ -106,6 +106,21 @@ def test_progress_lines(tmp_path: Path, clock: Callable[[float], None], caplog: 
     assert [line.split()[1] for line in progress_lines(caplog)] == ["3/5", "5/5"]
 
 
+def test_figures_of_an_earlier_step_say_so(
+    tmp_path: Path, clock: Callable[[float], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Logged at step 1 and every third; shown at every step."""
+    progress = TrainingProgress(every_n_steps=1, every_seconds=None, style="lines")
+    caplog.set_level(logging.INFO)
+    trainer = make_trainer(tmp_path, [Spend(clock), Throughput(), progress], steps=7)
+    trainer.log_every_n_steps = 3
+    trainer.fit(make_module(7), datamodule=ToyData(7))
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("step ")]
+    assert all("loss" in line for line in lines)
+    found = [line.partition("(of step ")[2].partition(")")[0] for line in lines]
+    assert found == ["", "1", "", "3", "3", "", "6"]
+
+
 def test_progress_of_another_rank_is_silent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     progress = TrainingProgress(1, None, "lines")

@@ -32,8 +32,9 @@ class TrainingProgress(StepCallback, ProgressBar):
 
     On a terminal as a bar; elsewhere, and so in `train.log`, as one line of the logging module every `every_n_steps`
     optimizer steps or `every_seconds` seconds, whichever comes first, and at the last step. Takes the place of
-    Lightning's own bar. Losses are those that the module logged last, tokens per second those of `Throughput`; the time
-    left is reckoned from the steps of this process, evaluations included. Rank 0 only.
+    Lightning's own bar. Losses are those that the module logged last, tokens per second those of `Throughput`, with
+    the step if that was an earlier one; the time left is reckoned from the steps of this process, evaluations included.
+    Rank 0 only.
     """
 
     def __init__(self, every_n_steps: int | None, every_seconds: float | None, style: str) -> None:
@@ -76,14 +77,14 @@ class TrainingProgress(StepCallback, ProgressBar):
         is_last = step == trainer.max_steps
         if self._bar is not None:
             if waited >= _SECONDS_BETWEEN_REFRESHES or is_last:
-                self._bar.update(step, self._figures(trainer), self._seconds_left(trainer, step))
+                self._bar.update(step, self._figures(trainer, step), self._seconds_left(trainer, step))
                 self._shown_at = time.monotonic()
             return
         by_step = self.every_n_steps is not None and step % self.every_n_steps == 0
         by_time = self.every_seconds is not None and waited >= self.every_seconds
         if by_step or by_time or is_last:
             left = _duration(self._seconds_left(trainer, step))
-            log.info("step %d/%d  %s  left %s", step, trainer.max_steps, self._figures(trainer), left)
+            log.info("step %d/%d  %s  left %s", step, trainer.max_steps, self._figures(trainer, step), left)
             self._shown_at = time.monotonic()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -99,12 +100,16 @@ class TrainingProgress(StepCallback, ProgressBar):
             self._bar.stop()
             self._bar = None
 
-    def _figures(self, trainer: Trainer) -> str:
+    def _figures(self, trainer: Trainer, step: int) -> str:
         metrics = trainer.callback_metrics
         shown = [f"{name} {float(metrics[tag]):.4g}" for name, tag in _SHOWN if tag in metrics]
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Throughput) and math.isfinite(callback.tokens_per_second):
                 shown.append(f"{callback.tokens_per_second:,.0f} tok/s")
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        logged = max(1, step // every * every)
+        if shown and logged != step:
+            shown.append(f"(of step {logged:,})")
         return "  ".join(shown)
 
     def _seconds_left(self, trainer: Trainer, step: int) -> float:
