@@ -37,7 +37,8 @@ def convert(
         target: a new folder.
         to: one of `FORMATS`.
         source_format: one of them; None: it is recognised by the files.
-        model: for `to="jsae"`, the language model, whose MLP's hash the export will hold.
+        model: the language model, where the files do not tell it: of its MLP a pair in our format holds the hash, the
+            others the names of its input and output.
 
     Raises:
         UserError: naming file and key, for everything that is damaged, of another kind, or does not fit together.
