@@ -84,9 +84,16 @@ def shards_digest(data: Any) -> tuple[int, str]:
     names = shard_names(data)
     sizes = [Path(name).stat().st_size if Path(name).is_file() else None for name in names]
     plain = [re.sub(r"@[0-9a-f]{40}/", "/", name) for name in names]
-    folder = os.path.commonpath([os.path.dirname(name) for name in plain]) if plain else ""  # noqa: PTH120 - URLs too
+    folder = _common_folder(plain)
     shards = [[name.removeprefix(folder), size] for name, size in zip(plain, sizes, strict=True)]
     return len(names), hashlib.sha256(json.dumps(shards).encode()).hexdigest()
+
+
+def _common_folder(names: list[str]) -> str:
+    try:
+        return os.path.commonpath([os.path.dirname(name) for name in names])  # noqa: PTH120 - URLs too
+    except ValueError:  # there is none: no name, or a file here and one elsewhere
+        return ""
 
 
 def _copy(data: Any) -> Any:

@@ -180,6 +180,7 @@ def test_a_hubs_revision_is_no_other_file():
     assert digest(first) == digest(second) and digest(first)[0] == 2
     assert digest(first) != digest(first[::-1]) and digest(first) != digest(first[:1])
     assert digest([*first, *other]) != digest([*first, *first])
+    assert digest(["/here/a.jsonl", "hf://datasets/team/b.jsonl"])[0] == 2
     assert digest([])[0] == 0 and shards_digest(object())[0] == 0
 
 
