@@ -111,6 +111,9 @@ def choose_device(name: str) -> torch.device:
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    has_its_own = gpus == 1 and len(os.environ.get("CUDA_VISIBLE_DEVICES", ",").split(",")) == 1
+    if has_its_own:  # given to this process alone
+        return torch.device("cuda", 0)
     if ranks > gpus:  # which nccl would refuse in words of its own
         raise UserError(f"device: {ranks} processes, but torch sees {gpus} GPU(s): start at most {gpus} of them")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -124,7 +124,8 @@ class PackedStream:
         Raises UserError where the stream's files are not those of then: the same position would be in another one.
         """
         number, digest = state.get("shards", self._shards)  # older checkpoints do not tell
-        if (number, digest) != self._shards:
+        # Nor do all versions of `datasets`: 0 files.
+        if number and self._shards[0] and (number, digest) != self._shards:
             raise UserError(
                 f"data: the files of {self._rows.where} are not those of the checkpoint ({number:,} then, "
                 f"{self._shards[0]:,} now; names, order, and sizes of local ones): put them back, or begin anew"

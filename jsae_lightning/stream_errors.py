@@ -4,12 +4,17 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from jsae_lightning.errors import UserError
 from jsae_lightning.model_files import first_line
 
 _PASSING_STATUS = (408, 429)
 _NETWORK_PACKAGES = ("aiohttp", "fsspec", "httpcore", "httpcore2", "httpx", "httpx2", "requests", "urllib3")
 _READERS = ("pyarrow", "datasets", "json", "pandas", "zlib", "gzip")
 _TRUNCATED = re.compile(r"truncat|unexpected end|end of (file|stream)|end-of-stream|magic bytes|tried reading", re.I)
+
+
+class DamagedShardError(UserError):
+    """What a shard holds cannot be read."""
 
 
 def is_network_error(error: BaseException, shard: str) -> bool:
@@ -75,6 +80,8 @@ def shard_names(dataset: Any) -> list[str]:
 
 def is_damaged_data(error: BaseException) -> bool:
     """Say whether a file's content could not be read: by its reader's own error, or as it is no UTF-8."""
+    if any(isinstance(e, MemoryError) or type(e).__name__ == "ArrowCancelled" for e in _chain(error)):
+        return False
     packages = {cls.__module__.split(".")[0] for each in _chain(error) for cls in type(each).__mro__}
     return not packages.isdisjoint(_READERS) or any(isinstance(e, UnicodeDecodeError) for e in _chain(error))
 

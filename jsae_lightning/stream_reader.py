@@ -16,10 +16,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from jsae_lightning.errors import RunError, UserError
+from jsae_lightning.errors import RunError
 from jsae_lightning.model_files import first_line
 from jsae_lightning.persistence import Patience, farewell, persist
-from jsae_lightning.stream_errors import describe, is_damaged_data, is_refusal, shard_name, shard_names
+from jsae_lightning.stream_errors import (
+    DamagedShardError,
+    describe,
+    is_damaged_data,
+    is_refusal,
+    shard_name,
+    shard_names,
+)
 
 
 class StreamReader:
@@ -46,7 +53,7 @@ class StreamReader:
 
         Raises:
             RunError: the server stays broken for all tries, or refuses the shard (404, 403).
-            UserError: what a shard holds is damaged.
+            DamagedShardError: what a shard holds cannot be read.
         """
         state = self.state_dict() if self._patience.retries else None
 
@@ -62,7 +69,7 @@ class StreamReader:
         except Exception as error:
             if is_damaged_data(error) and not is_refusal(error, self._shard()):
                 shard = self._shard() or self._where
-                raise UserError(
+                raise DamagedShardError(
                     f"{shard}: cannot be read ({first_line(error)}): correct or remove what is damaged"
                 ) from error
             if not is_refusal(error, self._shard()):
@@ -79,7 +86,8 @@ class StreamReader:
 def shards_digest(data: Any) -> tuple[int, str]:
     """Return how many files a stream reads, and a hash of their names, in order, and of the sizes of local ones.
 
-    Names are relative to the folder that all lie in, and without the hub's revision: a copy elsewhere is the same.
+    Names of local files are relative to the folder that all lie in, those of the hub without its revision: a copy
+    elsewhere is the same.
     """
     names = shard_names(data)
     sizes = [Path(name).stat().st_size if Path(name).is_file() else None for name in names]

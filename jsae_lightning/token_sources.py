@@ -21,7 +21,7 @@ from jsae_lightning.dataset_columns import find_column
 from jsae_lightning.errors import RunError, UserError
 from jsae_lightning.model_files import first_line, within
 from jsae_lightning.persistence import Patience, persist
-from jsae_lightning.stream_errors import is_passing_status
+from jsae_lightning.stream_errors import DamagedShardError, is_passing_status
 from jsae_lightning.stream_reader import StreamReader
 from jsae_lightning.tiny_lm import corpus
 
@@ -224,6 +224,8 @@ def _open_rows(config: DataConfig, split: str) -> Rows:
             load = partial(_load_split, config, split, files)
             data = persist(lambda _: load, patience, where, lambda: _url(config)) if config.streaming else load()
             head = StreamReader(data, patience, where).read(NUM_HEAD_ROWS)
+        except DamagedShardError as error:
+            raise UserError(f"{error}, or correct data.source={config.source}, if that is not what it holds") from error
         except (UserError, RunError):
             raise
         except Exception as error:  # `datasets` and its readers raise dozens of unrelated types

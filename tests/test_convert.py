@@ -186,6 +186,30 @@ def test_a_target_that_is_a_link_or_the_current_folder(run_folder, tmp_path, mon
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real", "run"]
 
 
+def test_an_export_needs_no_more_than_its_model_to_be_converted(run_folder, tmp_path):
+    path = run_folder / "sae_pair" / "config.json"
+    config = json.loads(path.read_text())
+    whole = dict(config)
+    del config["jacobian"]
+    path.write_text(json.dumps(config))
+    assert convert.convert([run_folder], tmp_path / "theirs", to="saelens") == []
+    for change, message in (
+        ({"jacobian": {"coef": float("inf")}}, "holds a number that is not finite"),
+        ({"data": [1]}, r"data: \[1\] is no dict"),
+        ({"recipe": 3}, "recipe: 3 is no dict"),
+    ):
+        path.write_text(json.dumps(whole | change))
+        with pytest.raises(UserError, match=f"config.json: {message}"):
+            convert.convert([run_folder], tmp_path / "other", to="saelens")
+
+
+def test_input_and_output_beside_others_are_a_pair(run_folder, tmp_path):
+    convert.convert([run_folder], tmp_path / "theirs", to="saelens")
+    shutil.copytree(tmp_path / "theirs" / "input", tmp_path / "theirs" / "third")
+    convert.convert([tmp_path / "theirs"], tmp_path / "back", model=ModelChoice(is_left_out=True))
+    assert SAEPair.load(tmp_path / "back").d_model == 128
+
+
 def test_home_is_understood(run_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(run_folder.parent))
     convert.convert(["~/run"], "~/theirs", to="saelens")

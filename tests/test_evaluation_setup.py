@@ -26,6 +26,16 @@ def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
     assert choose_device("cpu") == torch.device("cpu")
 
 
+@pytest.mark.usefixtures("two_gpus")
+def test_a_rank_that_sees_its_own_gpu_only_takes_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert choose_device("auto") == torch.device("cuda", 0)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with pytest.raises(UserError, match="2 processes, but torch sees 1 GPU"):
+        choose_device("auto")
+
+
 def test_a_machine_without_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")

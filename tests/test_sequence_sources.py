@@ -5,10 +5,12 @@ import shutil
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
-from data_factories import EOS, NumberTokenizer, tagged_texts
+from data_factories import EOS, NumberTokenizer, data_settings, tagged_texts
+from jsae_lightning.config_schema import DataConfig
 from jsae_lightning.errors import UserError
 from jsae_lightning.packing import ArrayRows, Encoder, PackedSequences, Packing, make_packing
 from jsae_lightning.persistence import Patience
@@ -22,8 +24,9 @@ from jsae_lightning.sequence_sources import (
     probe_stream,
     rows_to_skip,
 )
+from jsae_lightning.stream_errors import is_damaged_data
 from jsae_lightning.stream_reader import StreamReader, shards_digest
-from jsae_lightning.token_sources import Rows, document_digest
+from jsae_lightning.token_sources import Rows, document_digest, open_source
 
 LENGTH = 8
 
@@ -167,6 +170,14 @@ def test_a_stream_goes_on_with_the_same_files_only(tmp_path, change):
         resumed.load_state_dict(state)
 
 
+def test_a_checkpoint_that_tells_of_no_files_is_taken():
+    """Some versions of `datasets` do not tell which they read."""
+    original = stream(repeat=True)
+    assert original.state_dict()["shards"][0] == 0
+    state = original.state_dict() | {"shards": [2, "of another version"]}
+    stream(repeat=True).load_state_dict(state)
+
+
 def test_a_hubs_revision_is_no_other_file():
     """A commit to the data set's card moves the address, not the rows."""
     first, second, other = (
@@ -182,6 +193,26 @@ def test_a_hubs_revision_is_no_other_file():
     assert digest([*first, *other]) != digest([*first, *first])
     assert digest(["/here/a.jsonl", "hf://datasets/team/b.jsonl"])[0] == 2
     assert digest([])[0] == 0 and shards_digest(object())[0] == 0
+
+
+def test_a_file_of_another_kind_is_not_called_damaged_alone(tmp_path):
+    """It may be data.source that is wrong."""
+    (tmp_path / "x.jsonl").write_bytes(b"PAR1 of another kind" * 9)
+    config = DataConfig(**data_settings(source="jsonl", path=str(tmp_path / "x.jsonl"), streaming=True))
+    with pytest.raises(UserError, match=r"x.jsonl.*cannot be read .*correct data.source"):
+        open_source(config)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_damage"),
+    [
+        (pa.ArrowInvalid("JSON parse error"), True), (json.JSONDecodeError("x", "y", 0), True),
+        (UnicodeDecodeError("utf-8", b"x", 0, 1, "y"), True), (pa.ArrowMemoryError("x"), False),
+        (pa.ArrowCancelled("x"), False), (KeyError("text"), False), (ValueError("x"), False),
+    ],
+)  # fmt: skip
+def test_what_counts_as_damage(error, is_damage):
+    assert is_damaged_data(error) is is_damage
 
 
 def test_damaged_lines_name_their_file(tmp_path):

@@ -1,5 +1,6 @@
 """From folders of any format to a pair, and from a pair to a folder of any format."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +14,10 @@ from jsae_lightning.checkpoint import load_pair, save_pair
 from jsae_lightning.conversion import ModelChoice, dictionary_learning, paper, saelens, sparsify
 from jsae_lightning.conversion.cards import card
 from jsae_lightning.conversion.models import chosen_model, find_origin, model_section
-from jsae_lightning.conversion.reading import Foreign, read_safetensors
+from jsae_lightning.conversion.reading import Foreign, optional, read_safetensors
 from jsae_lightning.conversion.writing import SIDES, by_side
 from jsae_lightning.errors import UserError
-from jsae_lightning.exported_pairs import check_for_evaluation, find_export, read_pair_config
+from jsae_lightning.exported_pairs import check_section, find_export, read_pair_config
 from jsae_lightning.sae import SAEPair
 from jsae_lightning.versions import package_versions
 
@@ -138,9 +139,15 @@ def write_pair(read: ReadPair, target: Path, to: str, choice: ModelChoice) -> li
 
 
 def _read_ours(export: Path) -> ReadPair:
-    config = read_pair_config(export)
-    if config.get("model"):  # of a run, whose sections are to be whole
-        check_for_evaluation(export, config)
+    config, path = read_pair_config(export), export / "config.json"
+    if config.get("model"):
+        check_section(export, config, "model")
+    for section in ("jacobian", "data", "recipe"):
+        optional(path, config, section, dict)
+    try:
+        json.dumps(config, allow_nan=False)
+    except ValueError as error:
+        raise UserError(f"{path}: holds a number that is not finite: export the pair again") from error
     model = config.get("model") or {}
     facts = {"model_name": model.get("name"), **{key: model.get(key) for key in ("layer", "revision", "dtype")}}
     return ReadPair(load_pair(export), config, [facts | {"random_weights": model.get("random_weights")}], is_ours=True)
@@ -150,11 +157,12 @@ def _two_in_one(folder: Path) -> list[Path] | None:
     """Return the folders of the input and of the output SAE inside one, None if there are no such two."""
     if not folder.is_dir() or _format_of(folder) is not None:
         return None
+    named = [folder / side for side in SIDES]
+    if all(path.is_dir() and _format_of(path) in _READERS for path in named):
+        return named
     inside = [path for path in sorted(folder.iterdir()) if path.is_dir() and _format_of(path) in _READERS]
     if len(inside) != 2:
         return None
-    if {path.name for path in inside} == set(SIDES):
-        return [folder / side for side in SIDES]
     sides = {_READERS[find_format(path)](path).about.get("mlp_side"): path for path in inside}
     return [sides[side] for side in SIDES] if set(sides) == set(SIDES) else None
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import pickle
 import re
 from collections.abc import Collection, Mapping
@@ -20,6 +21,7 @@ NOTES = "jsae_lightning"
 """The key of a configuration under which there is what its format has no place for."""
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_DTYPE_NAMES = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 _NORM_TOLERANCE = 1e-3
 
 
@@ -116,10 +118,14 @@ def optional(path: Path, config: Mapping[str, Any], key: str, *types: type, wher
     value = config.get(key)
     if value is None:
         return None
-    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types) or value != value:
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types) or _is_endless(value):
         names = " or ".join(kind.__name__ for kind in types)
         raise UserError(f"{path}: {where}{key}: {value!r} is no {names}: the configuration is damaged")
     return value
+
+
+def _is_endless(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def flag(path: Path, config: Mapping[str, Any], key: str, default: bool) -> bool:
@@ -138,6 +144,9 @@ def own_notes(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     found = {key: optional(path, notes, key, *kinds, where=f"{NOTES}.") for key, kinds in types.items()}
     for key, kinds in {"coef": (int, float), "penalty": (str,), "at": (str,), "params": (dict,)}.items():
         optional(path, found["jacobian"] or {}, key, *kinds, where=f"{NOTES}.jacobian.")
+    for key, allowed in {"mlp_side": ("input", "output"), "dtype": _DTYPE_NAMES}.items():
+        if found[key] is not None and found[key] not in allowed:
+            raise UserError(f"{path}: {NOTES}.{key}: {found[key]!r} is none of {', '.join(allowed)}: correct it")
     return {key: value for key, value in found.items() if value is not None}
 
 
