@@ -15,7 +15,7 @@ from torch import Tensor
 
 from jsae_lightning.atomic_files import atomic_file, atomic_folder
 from jsae_lightning.errors import UserError
-from jsae_lightning.exported_pairs import FORMAT_VERSION, SAES, check_section, find_export, read_pair_config
+from jsae_lightning.exported_pairs import DTYPES, FORMAT_VERSION, SAES, check_section, find_export, read_pair_config
 from jsae_lightning.frozen_mlp import FrozenMLP
 from jsae_lightning.model_card import model_card
 from jsae_lightning.sae import SAEPair, TopKSAE
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from jsae_lightning.language_model import LanguageModel
 
 _SAE_KEYS = ("d_model", "d_sae", "k", "subtract_b_dec")
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _EXPORT_FILES = ("README.md", "config.json", "model.safetensors")
 
 
@@ -126,10 +125,9 @@ def _check_tensors(path: Path, found: dict[str, Tensor], expected: dict[str, Ten
                 f"{path}: tensor {name} has shape {list(found[name].shape)}, config.json says "
                 f"{list(tensor.shape)}: export again"
             )
-        if found[name].dtype not in _DTYPES:
+        if str(found[name].dtype).removeprefix("torch.") not in DTYPES:
             raise UserError(
-                f"{path}: tensor {name} is {found[name].dtype}, not float16, bfloat16, float32 or float64: export the "
-                "pair again"
+                f"{path}: tensor {name} is {found[name].dtype}, none of {', '.join(DTYPES)}: export the pair again"
             )
         if not torch.isfinite(found[name]).all():
             raise UserError(f"{path}: tensor {name} has NaN or infinite values: export an earlier checkpoint")

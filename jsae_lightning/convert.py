@@ -16,10 +16,10 @@ from typing import NoReturn
 from jsae_lightning.console import show
 from jsae_lightning.conversion import FORMATS, ModelChoice
 from jsae_lightning.errors import UserError
+from jsae_lightning.exported_pairs import DTYPES
 from jsae_lightning.launch import exit_codes
 
 PROGRAM = "jsae-convert"
-DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def convert(

@@ -9,6 +9,8 @@ from jsae_lightning.errors import UserError
 
 FORMAT_VERSION = 1
 SAES = ("input_sae", "output_sae")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+"""Of a pair's tensors, and of a language model's."""
 _SIZES = ("d_model", "d_sae", "k")
 _LARGEST = 2**31
 _SECTIONS: dict[str, dict[str, tuple[type, ...]]] = {

@@ -13,40 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from factories import make_pair, make_x
+from foreign_saes import CONVERTED, FORMATS, ORIGIN, dense, paper_folder
 from jsae_lightning.conversion import dictionary_learning, paper, saelens, sparsify
 from jsae_lightning.conversion.folding import with_unit_rows
-from jsae_lightning.conversion.models import hub_name
-from jsae_lightning.conversion.pairs import find_format, read_pair
-from jsae_lightning.conversion.sites import Sites, find_sites
-from jsae_lightning.conversion.writing import Origin
+from jsae_lightning.conversion.pairs import find_format
 from jsae_lightning.errors import UserError
-from jsae_lightning.sae import SAEPair, TopKSAE
-from tiny_models import make_model_dir
-
-CONVERTED = Path(__file__).parent / "converted"
-FORMATS = {
-    "saelens": saelens,
-    "saelens_plain": saelens,
-    "saelens_rescaled": saelens,
-    "sparsify": sparsify,
-    "dictionary_learning": dictionary_learning,
-}
-SITES = Sites("base.layers.2.norm", "base.layers.2.mlp", "base")
-ORIGIN = Origin(
-    {
-        "model": {"name": "team/model", "layer": 2, "revision": "main", "dtype": "float32", "mlp_kind": "plain"},
-        "jacobian": {"coef": 0.5, "penalty": "l1"},
-        "recipe": {"sae.mse_output_coef": 2.0},
-        "data": {"path": "team/data", "context_length": 64, "bos": "sequence"},
-    },
-    SITES,
-    prepends_bos=True,
-)
-
-
-def dense(sae: TopKSAE, x: torch.Tensor) -> torch.Tensor:
-    latents = sae.encode(x)
-    return torch.zeros(len(x), sae.d_sae, dtype=latents.values.dtype).scatter_(1, latents.indices, latents.values)
 
 
 @pytest.fixture
@@ -285,7 +256,7 @@ REFUSED = [
     ("saelens", "cfg.json", {"metadata": {"jsae_lightning": {"layer": "2"}}}, "jsae_lightning.layer: '2' is no int"),
     ("saelens", "cfg.json", {"metadata": {"jsae_lightning": {"jacobian": {"coef": "2"}}}}, "coef: '2' is no int or"),
     ("saelens", "cfg.json", {"metadata": {"jsae_lightning": {"mlp_side": "foo"}}}, "mlp_side: 'foo' is none of input"),
-    ("saelens", "cfg.json", {"metadata": {"jsae_lightning": {"dtype": "foo"}}}, "dtype: 'foo' is none of float16"),
+    ("saelens", "cfg.json", {"metadata": {"jsae_lightning": {"dtype": "foo"}}}, "dtype: 'foo' is none of float32"),
     ("saelens", "cfg.json", {"architecture": "gated", "activation_fn": "topk"}, "architecture is gated"),
     ("saelens", "sae_weights.safetensors", {"b_dec": torch.ones(6).to(torch.float8_e4m3fn)}, "b_dec is torch.float8"),
     ("sparsify", "cfg.json", {"signed": True}, "signed is True"),
@@ -361,23 +332,10 @@ def test_a_pickle_with_code_is_not_executed(folder, tmp_path):
     assert not marker.exists()
 
 
-def _paper(folder: Path, **config) -> Path:
-    """A pair of one dimension: x -> latents (x, -x) at the input, (2 x + 1, 0) at the output."""
-    tensors = {
-        "_W_enc": [[1.0, -1.0]], "_b_enc": [0.0, 0.0], "_W_dec": [[1.0], [-1.0]], "_b_dec": [1.0],
-        "_W_enc_out": [[2.0, 0.0]], "_b_enc_out": [1.0, 0.0], "_W_dec_out": [[1.0], [1.0]], "_b_dec_out": [0.0],
-    }  # fmt: skip
-    folder.mkdir()
-    save_file({name: torch.tensor(value) for name, value in tensors.items()}, folder / "sae_weights.safetensors")
-    base = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 1}, "d_in": 1, "d_sae": 2}
-    (folder / "cfg.json").write_text(json.dumps(base | config))
-    return folder
-
-
 def test_the_papers_pair_by_hand(tmp_path):
     """x = 3; b_dec = 1 is subtracted unless the configuration says no: latent 0 is 2 or 3, and x_hat 3 or 4."""
     for name, config, latent in (("a", {}, 2.0), ("b", {"apply_b_dec_to_input": False}, 3.0)):
-        input_sae, output_sae = paper.read(_paper(tmp_path / name, **config)).saes
+        input_sae, output_sae = paper.read(paper_folder(tmp_path / name, **config)).saes
         x_hat, latents = input_sae(torch.tensor([[3.0]]))
         assert (latents.values.tolist(), latents.indices.tolist(), x_hat.tolist()) == (
             [[latent]],
@@ -407,118 +365,18 @@ def test_the_papers_pair_by_hand(tmp_path):
 )
 def test_what_the_papers_code_may_hold_besides_is_refused(tmp_path, config, message):
     with pytest.raises(UserError, match=f"cfg.json: {message}"):
-        paper.read(_paper(tmp_path / "pair", **config))
+        paper.read(paper_folder(tmp_path / "pair", **config))
 
 
 def test_a_single_sae_of_the_papers_code_is_refused(tmp_path):
-    folder = _paper(tmp_path / "pair")
+    folder = paper_folder(tmp_path / "pair")
     _edit_tensors(folder / "sae_weights.safetensors", _W_enc_out=...)
     assert find_format(folder) == "paper"
     with pytest.raises(UserError, match="_W_enc_out is missing: it holds one SAE, give a pair"):
         paper.read(folder)
 
 
-def test_the_papers_penalty_and_model_are_told(tmp_path):
-    told = {"model_name": "pythia-70m-deduped", "hook_layer": 3, "jacobian_coefficient": 2.0, "sparsity_metric": "l1"}
-    read = read_pair([_paper(tmp_path / "pair", **told, randomize_llm_weights=True)])
-    assert read.config["jacobian"]["coef"] == 2.0 and read.config["jacobian"]["penalty"] == "l1"
-    assert read.facts[0]["layer"] == 3 and read.facts[0]["random_weights"] is True and not read.remarks
-    other = read_pair([_paper(tmp_path / "other", jacobian_coefficient=1, sparsity_metric="of their own")])
-    assert other.config["jacobian"]["penalty"] == "l1" and other.facts[0]["sparsity_metric"] == "of their own"
-    untold = read_pair([_paper(tmp_path / "untold", hook_name="blocks.7.ln2.hook_normalized")])
-    assert "whether the Jacobian was penalised is not told" in untold.remarks[0] and untold.facts[0]["layer"] == 7
-
-
 def test_sizes_that_the_papers_code_cannot_hold_are_refused(tmp_path):
     for sizes, message in (({"k_output": 4}, "k is 5 for the input SAE and 4"), ({"d_sae_output": 40}, "d_sae is 32")):
         with pytest.raises(UserError, match=f"--to paper: {message}"):
             paper.write(make_pair(**sizes), tmp_path / "pair", ORIGIN)
-
-
-def test_formats_are_recognised_by_their_files(tmp_path):
-    for name, module in FORMATS.items():
-        assert find_format(CONVERTED / name) == module.__name__.rpartition(".")[2]
-    assert find_format(_paper(tmp_path / "paper")) == "paper"
-    assert find_format(make_pair().save(tmp_path / "ours")) == "jsae"
-    with pytest.raises(UserError, match="holds no SAE of a known format"):
-        find_format(tmp_path)
-    with pytest.raises(UserError, match="there is no such folder"):
-        find_format(tmp_path / "nowhere")
-
-
-def test_two_saes_make_a_pair(tmp_path):
-    read = read_pair([CONVERTED / "dictionary_learning", CONVERTED / "saelens"])
-    assert [facts["format"] for facts in read.facts] == ["dictionary_learning", "saelens"]
-    x = make_x(d_model=6).float()
-    assert torch.equal(read.pair.output_sae(x)[0], saelens.read(CONVERTED / "saelens").saes[0](x)[0])
-    for side, name in (("output", "saelens"), ("input", "sparsify")):
-        shutil.copytree(CONVERTED / name, tmp_path / side)
-    assert [facts["format"] for facts in read_pair([tmp_path]).facts] == ["sparsify", "saelens"]
-    assert read.config["jacobian"] == {
-        "coef": 0.0, "penalty": "l1", "params": {}, "at": "input", "edges": "jacobian", "token_fraction": 1,
-    }  # fmt: skip
-
-
-def test_what_makes_no_pair_is_refused(tmp_path):
-    saelens.write(make_pair().input_sae.float(), tmp_path / "wide", "input", ORIGIN)
-    ours = make_pair().save(tmp_path / "ours")
-    for sources, message in (
-        ([CONVERTED / "saelens"], "holds one SAE: give the input SAE's folder and the output SAE's"),
-        ([CONVERTED / "sparsify", _paper(tmp_path / "paper")], "holds more than two SAEs"),
-        ([tmp_path / "wide", CONVERTED / "sparsify"], "its SAE is 10 wide, that of .*sparsify 6"),
-        ([ours, CONVERTED / "saelens"], "ours: is a pair already"),
-        ([CONVERTED / "saelens", CONVERTED / "sparsify"], r"saelens: is the SAE of an MLP's output \(blocks.3.hook"),
-        ([CONVERTED / "sparsify", tmp_path / "wide"], "wide: is the SAE of an MLP's input .*: give the input SAE's"),
-        ([CONVERTED / "sparsify", CONVERTED / ".." / "converted" / "sparsify"], "is given for both SAEs"),
-    ):
-        with pytest.raises(UserError, match=message):
-            read_pair(sources)
-
-
-def test_saes_of_two_precisions_meet_in_the_wider(tmp_path):
-    pair = make_pair()
-    for side, sae in (("input", pair.input_sae.bfloat16()), ("output", pair.output_sae.float())):
-        saelens.write(sae, tmp_path / side, side, ORIGIN)
-    assert {parameter.dtype for parameter in read_pair([tmp_path]).pair.parameters()} == {torch.float32}
-
-
-def test_a_pair_of_two_widths_is_none():
-    with pytest.raises(UserError, match="its d_model is 6, the input SAE's 10"):
-        SAEPair.of(make_pair().input_sae, make_pair(d_model=6).output_sae)
-
-
-def test_short_names_of_models_are_the_hubs():
-    names = {
-        "pythia-70m-deduped": "EleutherAI/pythia-70m-deduped", "gpt2-small": "openai-community/gpt2",
-        "gemma-2-2b": "google/gemma-2-2b", "team/model": "team/model", "other": "other", "": None, None: None,
-    }  # fmt: skip
-    assert {name: hub_name(name) for name in names} == names
-
-
-@pytest.mark.parametrize("family", ["gpt_neox", "gpt2", "llama", "gemma2", "qwen2", "nemotron", "phi3"])
-def test_the_modules_named_give_the_mlps_input_and_output(tmp_path, family):
-    """Captured by torch's hooks on the bare transformers model, as other packages do."""
-    from transformers import AutoModelForCausalLM
-
-    from jsae_lightning.language_model import LanguageModel
-
-    folder = make_model_dir(family, tmp_path / family)
-    sites = find_sites(tmp_path / family, family, 1)
-    assert sites is not None and ".1." in sites.mlp_in and sites.without_head(sites.mlp_in) in sites.mlp_in
-    ours = LanguageModel.load(str(folder), layer=1)
-    bare = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
-    found = {}
-    for name in (sites.mlp_in, sites.mlp_out):
-        bare.get_submodule(name).register_forward_hook(lambda _, __, output, name=name: found.update({name: output}))
-    tokens = torch.randint(200, (2, 9), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        bare(tokens)
-    mlp_in = ours.mlp_in(tokens)
-    torch.testing.assert_close(found[sites.mlp_in], mlp_in, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found[sites.mlp_out], ours.frozen_mlp(mlp_in), rtol=1e-4, atol=1e-5)
-    bare.base_model.get_submodule(sites.without_head(sites.mlp_out))  # it is there
-
-
-def test_an_mlp_that_is_no_module_has_no_names(tmp_path):
-    make_model_dir("opt", tmp_path / "opt")
-    assert find_sites(tmp_path / "opt", "opt", 1) is None

@@ -14,7 +14,7 @@ from jsae_lightning.checkpoint import load_pair, save_pair
 from jsae_lightning.conversion import ModelChoice, dictionary_learning, paper, saelens, sparsify
 from jsae_lightning.conversion.cards import card
 from jsae_lightning.conversion.models import chosen_model, find_origin, model_section
-from jsae_lightning.conversion.reading import Foreign, optional, read_safetensors
+from jsae_lightning.conversion.reading import Foreign, optional, tensor_names
 from jsae_lightning.conversion.writing import SIDES, by_side
 from jsae_lightning.errors import UserError
 from jsae_lightning.exported_pairs import check_section, find_export, read_pair_config
@@ -63,7 +63,7 @@ def _format_of(folder: Path) -> str | None:
     if (folder / dictionary_learning.WEIGHTS).is_file():
         return "dictionary_learning"
     if (folder / saelens.WEIGHTS).is_file():
-        return "paper" if paper.is_pair(set(read_safetensors(folder / saelens.WEIGHTS))) else "saelens"
+        return "paper" if paper.is_pair(tensor_names(folder / saelens.WEIGHTS)) else "saelens"
     return None
 
 

@@ -5,7 +5,7 @@ import json
 import math
 import pickle
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from jsae_lightning.errors import UserError
+from jsae_lightning.exported_pairs import DTYPES
 from jsae_lightning.model_files import first_line
 from jsae_lightning.sae import TopKSAE
 
 NOTES = "jsae_lightning"
 """The key of a configuration under which there is what its format has no place for."""
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_DTYPE_NAMES = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 _NORM_TOLERANCE = 1e-3
 
 
@@ -52,15 +51,24 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+def tensor_names(path: Path) -> set[str]:
+    """Return the names of the tensors of a safetensors file, without reading them; UserError as `read_safetensors`."""
+    return _from_safetensors(path, lambda file: set(file.keys()))
+
+
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file; UserError where it is missing, truncated or none."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    return _from_safetensors(path, lambda file: {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+
+
+def _from_safetensors(path: Path, get: Callable[[Any], Any]) -> Any:
+    from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
         raise UserError(f"{path}: there is no such file: give the folder of an SAE, whole")
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            return get(file)
     except (SafetensorError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: truncated or not a safetensors file ({first_line(error)}): copy it again") from error
 
@@ -94,7 +102,8 @@ def check_tensors(
                 f"{path}: tensor {name} has shape {list(tensor.shape)}, its configuration says {list(shape)}: the "
                 "files do not belong together"
             )
-        if tensor.dtype not in DTYPES or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        is_known = str(tensor.dtype).removeprefix("torch.") in DTYPES
+        if not is_known or tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise UserError(
                 f"{path}: tensor {name} is {tensor.dtype} ({tensor.layout}, {tensor.device}), no dense one of float16, "
                 "bfloat16, float32 or float64: convert it first"
@@ -144,7 +153,7 @@ def own_notes(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     found = {key: optional(path, notes, key, *kinds, where=f"{NOTES}.") for key, kinds in types.items()}
     for key, kinds in {"coef": (int, float), "penalty": (str,), "at": (str,), "params": (dict,)}.items():
         optional(path, found["jacobian"] or {}, key, *kinds, where=f"{NOTES}.jacobian.")
-    for key, allowed in {"mlp_side": ("input", "output"), "dtype": _DTYPE_NAMES}.items():
+    for key, allowed in {"mlp_side": ("input", "output"), "dtype": DTYPES}.items():
         if found[key] is not None and found[key] not in allowed:
             raise UserError(f"{path}: {NOTES}.{key}: {found[key]!r} is none of {', '.join(allowed)}: correct it")
     return {key: value for key, value in found.items() if value is not None}
